@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""anomalib's image batch with a field for the reconstruction."""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from anomalib.data import ImageBatch, ImageItem
+from torchvision.tv_tensors import Mask
+
+
+@dataclass
+class _WithReconstruction:
+    # A class of its own, since anomalib cannot resolve type hints of a batch class itself.
+    reconstruction: torch.Tensor | None = None
+
+
+@dataclass
+class InTraItem(_WithReconstruction, ImageItem):
+    """An image item with its reconstruction, shape ``(3, H, W)``."""
+
+
+@dataclass
+class InTraBatch(_WithReconstruction, ImageBatch):
+    """An image batch with its reconstruction, shape ``(B, 3, H, W)``.
+
+    Scores and anomaly maps may be in float64, where anomalib would round them to float32: two scores that differ
+    before normalization still do after it.
+    """
+
+    item_class: ClassVar[type[InTraItem]] = InTraItem
+
+    @classmethod
+    def of(cls, batch: ImageBatch) -> "InTraBatch":
+        """Take over the fields of an image batch.
+
+        Args:
+            batch (ImageBatch): Any image batch.
+
+        Returns:
+            InTraBatch: The same fields, and an empty one for the reconstruction.
+        """
+        return cls(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+
+    @staticmethod
+    def validate_anomaly_map(anomaly_map: torch.Tensor | None) -> Mask | None:
+        """Check the map as anomalib does, but keep float64."""
+        checked = ImageBatch.validate_anomaly_map(anomaly_map)
+        return checked if checked is None else _keep_double(anomaly_map, checked, Mask)
+
+    @staticmethod
+    def validate_pred_score(pred_score: torch.Tensor | None) -> torch.Tensor | None:
+        """Check the scores as anomalib does, but keep float64."""
+        checked = ImageBatch.validate_pred_score(pred_score)
+        return checked if checked is None else _keep_double(pred_score, checked, torch.as_tensor)
+
+
+def _keep_double(given: object, checked: torch.Tensor, wrap: type) -> torch.Tensor:
+    if isinstance(given, torch.Tensor) and given.dtype == torch.float64:
+        return wrap(given.reshape(checked.shape))
+    return checked

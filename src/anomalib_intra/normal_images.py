@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which images InTra trains on, is stopped by and is calibrated with (sec. 4.1), for any datamodule."""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from anomalib.data.utils import ValSplitMode
+from torch.utils.data import DataLoader, Dataset, Subset
+
+logger = logging.getLogger(__name__)
+
+#: Share of the normal training images that is held out, and at most how many.
+HELD_OUT_SHARE = 0.1
+HELD_OUT_MOST = 20
+
+_SPLITS_FROM_TEST = (ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST)
+
+
+def held_out_indices(count: int, seed: int = 0) -> list[int]:
+    """Choose the images that are held out from training: 10 %, at least one and at most 20 (sec. 4.1).
+
+    Args:
+        count (int): Number of normal training images.
+        seed (int): Seed of the choice.
+
+    Returns:
+        list[int]: Sorted indices of the held-out images.
+
+    Raises:
+        ValueError: If there are fewer than two images.
+
+    Example:
+        >>> held_out_indices(30, seed=0) == held_out_indices(30, seed=0), len(held_out_indices(209))
+        (True, 20)
+    """
+    if count < 2:
+        msg = f"InTra needs at least 2 normal training images, one of them to validate on; found {count}."
+        raise ValueError(msg)
+    number = min(max(1, round(HELD_OUT_SHARE * count)), HELD_OUT_MOST)
+    return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:number].tolist())
+
+
+@dataclass
+class NormalImages:
+    """The loaders of a training run.
+
+    Args:
+        training (DataLoader): Normal images to draw windows from, shuffled, augmented as the datamodule says.
+        statistics (DataLoader): The same images without augmentation, for the training mean (eq. 17).
+        held_out (DataLoader): Images that are never trained on; the normal ones give the validation loss.
+        thresholds (DataLoader): Images to set thresholds on: held-out ones, or the datamodule's validation images.
+    """
+
+    training: DataLoader
+    statistics: DataLoader
+    held_out: DataLoader
+    thresholds: DataLoader
+
+    @classmethod
+    def of(
+        cls, train_loader: DataLoader, val_loader: DataLoader | None, datamodule: Any, resize: Any = None
+    ) -> "NormalImages":
+        """Sort out the images of a datamodule, or of two plain loaders, without changing either.
+
+        The datamodule's own validation images are used where they were taken from the training set or lie in a folder
+        of their own. Where they are test images, or where there are none, 10 % of the training images are held out
+        instead, so that no test image decides when training stops.
+
+        Args:
+            train_loader (DataLoader): Loader of normal training images.
+            val_loader (DataLoader | None): Loader of validation images.
+            datamodule (Any): The datamodule both come from, or None.
+            resize (Any): Transform of the model, which replaces augmentations for statistics.
+
+        Returns:
+            NormalImages: The loaders.
+        """
+        dataset = train_loader.dataset
+        plain = _without_augmentation(dataset, resize)
+        mode = getattr(datamodule, "val_split_mode", None)
+        if val_loader is not None and len(val_loader.dataset) and mode not in _SPLITS_FROM_TEST:
+            return cls(
+                training=_loader(dataset, train_loader, shuffle=True),
+                statistics=_loader(plain, train_loader),
+                held_out=val_loader,
+                thresholds=val_loader,
+            )
+
+        chosen = held_out_indices(len(dataset))
+        if mode in _SPLITS_FROM_TEST:
+            logger.warning(
+                "The validation images of %s are test images (val_split_mode=%s). They will not decide when InTra "
+                "stops: %d of the training images are held out for that. But they do set the thresholds; set "
+                "val_split_mode=from_train on the datamodule (or use anomalib_intra.MVTec) to leave the test set "
+                "untouched until the test.",
+                type(datamodule).__name__,
+                mode.value,
+                len(chosen),
+            )
+        rest = sorted(set(range(len(dataset))) - set(chosen))
+        held_out = _loader(Subset(plain, chosen), train_loader)
+        return cls(
+            training=_loader(Subset(dataset, rest), train_loader, shuffle=True),
+            statistics=_loader(Subset(plain, rest), train_loader),
+            held_out=held_out,
+            thresholds=val_loader if val_loader is not None and len(val_loader.dataset) else held_out,
+        )
+
+
+def _without_augmentation(dataset: Dataset, resize: Any) -> Dataset:
+    if not hasattr(dataset, "augmentations"):
+        return dataset
+    dataset = copy.copy(dataset)
+    dataset.augmentations = resize
+    return dataset
+
+
+def _loader(dataset: Dataset, like: DataLoader, shuffle: bool = False) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=like.batch_size,
+        shuffle=shuffle,
+        num_workers=like.num_workers,
+        collate_fn=like.collate_fn,
+        pin_memory=like.pin_memory,
+        generator=torch.Generator(),
+        persistent_workers=shuffle and like.num_workers > 0,
+    )

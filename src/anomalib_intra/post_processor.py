@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From image and reconstruction to anomaly map, score and decision (sec. 3.5, eq. 16-18)."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import InferenceBatch
+from anomalib.data.utils import read_mask
+from anomalib.models.components import DynamicBufferMixin
+from anomalib.post_processing import PostProcessor
+from kornia.filters import box_blur, gaussian_blur2d
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+from torch.nn.functional import interpolate
+
+from anomalib_intra.batch import InTraBatch
+from anomalib_intra.similarity import gms_difference
+from anomalib_intra.torch_model import Reconstruction
+
+#: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
+_KERNELS_AT_512 = (21, 11)
+_SIGMA = (2.0, 2.0)
+# Keeps a threshold that is exactly zero (constant images) from dividing by zero.
+_SMALLEST_THRESHOLD = 1e-7
+
+
+class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
+    """Anomaly maps by multiscale gradient magnitude similarity, scores and thresholds.
+
+    The anomaly map is the squared deviation of the difference map from its mean over the training images (eq. 17), so
+    raw maps and scores lie in [0, 1]. The training mean is computed once, when training ends, and stored with the
+    thresholds in the checkpoint.
+
+    Normalization maps a raw score x to ``x / (x + threshold)``: 0.5 at the threshold, always below 1, and strictly
+    increasing. It is computed in float64 (float32 on devices without it), so that scores are tied after it only if
+    they were before.
+
+    Thresholds are those of the best F1 score where the validation images hold labelled anomalies, and otherwise
+    quantiles of the held-out normal images.
+
+    Args:
+        enable_normalization (bool): Normalize scores and maps; False gives the raw ones of eq. 17 and 18.
+        enable_thresholding (bool): Predict labels and masks.
+        image_sensitivity (float): Sensitivity of image decisions in (0, 1); at the default of 0.5 the threshold itself
+            decides, higher values call more images anomalous.
+        pixel_sensitivity (float): The same for pixels.
+        image_quantile (float): Share of held-out normal images at or below the image threshold.
+        pixel_quantile (float): Share of their pixels at or below the pixel threshold.
+        original_size (bool): Resize anomaly maps to the size of the image files before taking the maximum, and compare
+            them with the masks at that size, as the paper does; False works at the model's size.
+
+    Example:
+        >>> post_processor = InTraPostProcessor()
+        >>> post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
+        >>> images = torch.rand(2, 3, 64, 64)
+        >>> post_processor(Reconstruction(images, images)).pred_score
+        tensor([0., 0.])
+    """
+
+    training_mean: torch.Tensor
+
+    def __init__(
+        self,
+        enable_normalization: bool = True,
+        enable_thresholding: bool = True,
+        image_sensitivity: float = 0.5,
+        pixel_sensitivity: float = 0.5,
+        image_quantile: float = 0.99,
+        pixel_quantile: float = 0.999,
+        original_size: bool = False,
+    ) -> None:
+        super().__init__(
+            enable_normalization=enable_normalization,
+            enable_thresholding=enable_thresholding,
+            image_sensitivity=image_sensitivity,
+            pixel_sensitivity=pixel_sensitivity,
+        )
+        self.image_quantile = image_quantile
+        self.pixel_quantile = pixel_quantile
+        self.original_size = original_size
+        self.register_buffer("training_mean", torch.empty(0))
+        self._forget()
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "image_quantile", "pixel_quantile", "original_size")
+
+    # ---- eq. 16 to 18 ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def difference_map(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Gradient magnitude difference at half and quarter scale, smoothed, mean of both (eq. 16).
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
+
+        Returns:
+            torch.Tensor: Difference maps in [0, 1], shape ``(B, 1, H, W)``.
+
+        Example:
+            >>> InTraPostProcessor.difference_map(torch.rand(1, 3, 64, 96), torch.rand(1, 3, 64, 96)).shape
+            torch.Size([1, 1, 64, 96])
+        """
+        size = images.shape[-2:]
+        maps = []
+        with torch.autocast(images.device.type, enabled=False):
+            x, y = images.float(), reconstructions.float()
+            for kernel_at_512 in _KERNELS_AT_512:
+                # Each scale halves the one before: at once to a quarter, bilinear resizing reads 4 of 16 pixels.
+                x, y = _halve(x), _halve(y)
+                kernel = _scaled_kernel(kernel_at_512, min(size))
+                smooth = gaussian_blur2d(box_blur(gms_difference(x, y), kernel), kernel, _SIGMA)
+                maps.append(interpolate(smooth, size=size, mode="bilinear", align_corners=False))
+        return torch.stack(maps).mean(dim=0)
+
+    def raw_anomaly_map(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Squared deviation of the difference map from the training mean (eq. 17).
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
+
+        Returns:
+            torch.Tensor: Raw anomaly maps in [0, 1], shape ``(B, 1, H, W)``.
+
+        Raises:
+            RuntimeError: If the training mean was never computed.
+            ValueError: If it belongs to another image size.
+        """
+        if not self.is_calibrated:
+            msg = (
+                "This InTra has no training mean (eq. 17), so it cannot score images: its training was cut off, or it "
+                "was never trained. Run `anomalib test` (or Engine.test) once with the datamodule it was trained on "
+                "and this checkpoint; that computes the mean from the training images."
+            )
+            raise RuntimeError(msg)
+        difference = self.difference_map(images, reconstructions)
+        if difference.shape[-2:] != self.training_mean.shape[-2:]:
+            msg = (
+                f"Images of {difference.shape[-2]} x {difference.shape[-1]} pixels cannot be compared with a training "
+                f"mean of {self.training_mean.shape[-2]} x {self.training_mean.shape[-1]}: resize the images to that."
+            )
+            raise ValueError(msg)
+        return (difference - self.training_mean) ** 2
+
+    @staticmethod
+    def score(anomaly_maps: torch.Tensor) -> torch.Tensor:
+        """The maximum of each anomaly map (eq. 18).
+
+        Args:
+            anomaly_maps (torch.Tensor): Anomaly maps, shape ``(B, 1, H, W)``.
+
+        Returns:
+            torch.Tensor: Scores, shape ``(B,)``.
+
+        Example:
+            >>> InTraPostProcessor.score(torch.arange(8.0).reshape(2, 1, 2, 2))
+            tensor([3., 7.])
+        """
+        return anomaly_maps.amax(dim=(-3, -2, -1))
+
+    # ---- calibration -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the training mean is there."""
+        return self.training_mean.numel() > 0
+
+    def set_training_mean(self, mean: torch.Tensor) -> None:
+        """Store the mean difference map of the training images (eq. 17).
+
+        Args:
+            mean (torch.Tensor): Mean of :meth:`difference_map` over the training images, shape ``(1, 1, H, W)``.
+        """
+        self.training_mean = mean.detach().clone().to(self._image_threshold)
+
+    def reset(self) -> None:
+        """Forget training mean and thresholds: they belong to weights that are about to change."""
+        self.training_mean = torch.empty(0, device=self._image_threshold.device)
+        self._image_threshold.fill_(torch.nan)
+        self._pixel_threshold.fill_(torch.nan)
+
+    def observe(self, batch: InTraBatch) -> None:
+        """Collect raw scores and maps of images to set thresholds on.
+
+        Args:
+            batch (InTraBatch): Batch with ``image``, ``reconstruction`` and, where known, labels and masks.
+        """
+        maps = self.raw_anomaly_map(batch.image, batch.reconstruction)
+        # A copy that carries raw predictions: the batch itself goes on to be post-processed or evaluated.
+        raw = InTraBatch(
+            image=batch.image,
+            gt_label=batch.gt_label,
+            gt_mask=batch.gt_mask,
+            pred_score=self.score(maps),
+            anomaly_map=maps,
+        )
+        self._image_threshold_metric.update(raw)
+        self._pixel_threshold_metric.update(raw)
+        anomalous = torch.zeros(len(raw), dtype=torch.bool) if raw.gt_label is None else raw.gt_label.cpu()
+        self._anomalies_seen |= bool(anomalous.any())
+        self._normal_scores.append(raw.pred_score.cpu()[~anomalous])
+        self._normal_maps.append(raw.anomaly_map.cpu()[~anomalous])
+
+    def set_thresholds(self) -> None:
+        """Set the thresholds from all images observed since the last call."""
+        normal = bool(self._normal_scores) and torch.cat(self._normal_scores).numel() > 0
+        for threshold, metric, values, quantile in (
+            (self._image_threshold, self._image_threshold_metric, self._normal_scores, self.image_quantile),
+            (self._pixel_threshold, self._pixel_threshold_metric, self._normal_maps, self.pixel_quantile),
+        ):
+            if self._anomalies_seen and metric.update_called:
+                threshold.copy_(metric.compute())
+            elif normal:
+                # NumPy, since torch.quantile takes no more than 16 million values.
+                threshold.fill_(float(np.quantile(torch.cat(values).numpy(), quantile)))
+            metric.reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._anomalies_seen = False
+        self._normal_scores: list[torch.Tensor] = []
+        self._normal_maps: list[torch.Tensor] = []
+
+    # ---- inference ---------------------------------------------------------------------------------------------------
+
+    def forward(self, predictions: Reconstruction) -> InferenceBatch:
+        """Score reconstructions.
+
+        Args:
+            predictions (Reconstruction): Images and reconstructions, ``(B, 3, H, W)`` each.
+
+        Returns:
+            InferenceBatch: Scores ``(B,)``, maps ``(B, 1, H, W)`` in float32, labels and masks.
+        """
+        maps = self.raw_anomaly_map(predictions.image, predictions.reconstruction)
+        scores, maps, labels, masks = self._decide(self.score(maps), maps)
+        return InferenceBatch(pred_score=scores.float(), pred_label=labels, anomaly_map=maps.float(), pred_mask=masks)
+
+    def post_process_batch(self, batch: InTraBatch) -> None:
+        """Score a batch in place.
+
+        Args:
+            batch (InTraBatch): Batch with ``image`` and ``reconstruction``; gets scores, maps, labels and masks.
+        """
+        maps = self.raw_anomaly_map(batch.image, batch.reconstruction)
+        if self.original_size:
+            size = _common_file_size(batch.image_path)
+            maps = interpolate(maps, size=size, mode="bilinear", align_corners=False)
+        scores, maps, labels, masks = self._decide(self.score(maps), maps)
+        batch.update(pred_score=scores, anomaly_map=maps, pred_label=labels, pred_mask=masks)
+
+    def _decide(
+        self, scores: torch.Tensor, maps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        labels = masks = None
+        if self.enable_thresholding:
+            labels = self._exceeds(scores, self.image_threshold, self.image_sensitivity)
+            masks = self._exceeds(maps, self.pixel_threshold, self.pixel_sensitivity)
+        if self.enable_normalization:
+            scores = self._normalize(scores, self.image_threshold)
+            maps = self._normalize(maps, self.pixel_threshold)
+        return scores, maps, labels, masks
+
+    @staticmethod
+    def _exceeds(raw: torch.Tensor, threshold: torch.Tensor, sensitivity: float) -> torch.Tensor:
+        # x / (x + threshold) > 1 - sensitivity, solved for x: decisions do not depend on normalization.
+        return raw * sensitivity > threshold * (1 - sensitivity)
+
+    @staticmethod
+    def _normalize(raw: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        if raw.device.type != "mps":
+            raw, threshold = raw.double(), threshold.double()
+        threshold = threshold.clamp(min=_SMALLEST_THRESHOLD)
+        return torch.where(torch.isnan(threshold), raw, raw / (raw + threshold))
+
+    # ---- callback ----------------------------------------------------------------------------------------------------
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Score the batch; with ``original_size``, read its masks again at the size of their files."""
+        super().on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+        if self.original_size and outputs.gt_mask is not None:
+            masks = _masks_of_files(trainer.test_dataloaders.dataset, outputs)
+            outputs.gt_mask = masks.to(outputs.anomaly_map.device)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Collect scores for thresholds, unless the model is being trained and has no training mean yet."""
+        del pl_module, args, kwargs
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.observe(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the thresholds anew, unless the model is being trained."""
+        del pl_module
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.set_thresholds()
+
+
+def _halve(x: torch.Tensor) -> torch.Tensor:
+    size = [max(1, side // 2) for side in x.shape[-2:]]
+    return interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _scaled_kernel(at_512: int, size: int) -> int:
+    """Scale a kernel size linearly with the image size, to the nearest odd number of at least 3."""
+    return max(3, 2 * round((at_512 * size / 512 - 1) / 2) + 1)
+
+
+def _common_file_size(paths: list[str] | None) -> tuple[int, int]:
+    if not paths:
+        msg = "original_size=True needs the image files, and this batch has no image_path: set original_size=False."
+        raise ValueError(msg)
+    sizes = set()
+    for path in paths:
+        with Image.open(path) as image:
+            sizes.add((image.height, image.width))
+    if len(sizes) > 1:
+        msg = (
+            f"original_size=True needs images of one size in a batch, found {sorted(sizes)}: set eval_batch_size=1 on "
+            "the datamodule, or original_size=False."
+        )
+        raise ValueError(msg)
+    return sizes.pop()
+
+
+def _masks_of_files(dataset: Any, batch: InTraBatch) -> torch.Tensor:
+    if not hasattr(dataset, "samples"):
+        msg = f"original_size=True needs an anomalib dataset to find masks, not {type(dataset).__name__}: set it to False."
+        raise ValueError(msg)
+    # Not batch.mask_path: collating drops it where the first image of a batch is normal.
+    mask_paths = dict(zip(dataset.samples.image_path, dataset.samples.mask_path, strict=True))
+    size = batch.anomaly_map.shape[-2:]
+    masks = []
+    for image_path in batch.image_path:
+        mask_path = mask_paths[image_path]
+        if isinstance(mask_path, str) and mask_path:
+            masks.append(torch.as_tensor(read_mask(mask_path, as_tensor=True)))
+        else:
+            masks.append(torch.zeros(size, dtype=torch.uint8))
+    return torch.stack(masks)

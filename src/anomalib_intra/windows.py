@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How training windows are drawn and cut (sec. 3.4 and 4.1)."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from kornia.geometry.transform import hflip, vflip
+from torch.utils.data import DataLoader
+
+from anomalib_intra.grid import patchify
+
+#: Bytes of decoded images that windows are drawn from at a time; a usual training set fits at once.
+POOL_BYTES = 2**30
+
+
+@dataclass
+class WindowBatch:
+    """The windows of one training step, still uncut.
+
+    Args:
+        image (torch.Tensor): The images they come from, in [0, 1], shape ``(P, 3, H, W)``.
+        index (torch.Tensor): Which image, shape ``(B,)``.
+        r (torch.Tensor): Row of the window's upper left patch, 1-based, shape ``(B,)``.
+        s (torch.Tensor): Its column, 1-based, shape ``(B,)``.
+        t (torch.Tensor): Row of the hidden patch, 1-based, shape ``(B,)``.
+        u (torch.Tensor): Its column, 1-based, shape ``(B,)``.
+        transposed (torch.Tensor): Whether the image is transposed first, shape ``(B,)``.
+        flipped_h (torch.Tensor): Whether it is then flipped left to right, shape ``(B,)``.
+        flipped_v (torch.Tensor): Whether it is then flipped top to bottom, shape ``(B,)``.
+        gt_mask (None): Always None; anomalib's pre-processor asks for it.
+
+    All positions are those in the transposed and flipped image.
+    """
+
+    image: torch.Tensor
+    index: torch.Tensor
+    r: torch.Tensor
+    s: torch.Tensor
+    t: torch.Tensor
+    u: torch.Tensor
+    transposed: torch.Tensor
+    flipped_h: torch.Tensor
+    flipped_v: torch.Tensor
+    gt_mask: None = None
+
+    def __len__(self) -> int:
+        """Number of windows."""
+        return len(self.index)
+
+
+def draw_windows(
+    images: torch.Tensor,
+    windows_per_image: int,
+    patch_size: int,
+    window_size: int,
+    augment: bool,
+    generator: torch.Generator,
+) -> WindowBatch:
+    """Draw random windows with a random hidden patch from every image, in random order.
+
+    With ``augment`` every window's image is turned and flipped at random: a transposition followed by flips gives each
+    of the eight symmetries of a square with equal chance. Images that are not square are only flipped (which includes
+    the half turn), since a quarter turn would leave their grid.
+
+    Args:
+        images (torch.Tensor): Images in [0, 1], shape ``(P, 3, H, W)``.
+        windows_per_image (int): Windows drawn from each image.
+        patch_size (int): Side length K of a patch in pixels.
+        window_size (int): Side length L of a window in patches.
+        augment (bool): Turn and flip.
+        generator (torch.Generator): Source of randomness, on the CPU.
+
+    Returns:
+        WindowBatch: All ``P * windows_per_image`` windows.
+
+    Example:
+        >>> draws = draw_windows(torch.rand(2, 3, 64, 64), 5, 16, 3, True, torch.Generator().manual_seed(0))
+        >>> len(draws), int(draws.r.min()) >= 1, int(draws.r.max()) <= 2
+        (10, True, True)
+    """
+    rows, columns = (side // patch_size for side in images.shape[-2:])
+    count = len(images) * windows_per_image
+
+    def uniform(low: int, high: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, (count,), generator=generator)
+
+    def coin(allowed: bool = True) -> torch.Tensor:
+        toss = uniform(0, 1).bool()
+        return toss if augment and allowed else torch.zeros_like(toss)
+
+    order = torch.randperm(count, generator=generator)
+    r = uniform(1, rows - window_size + 1)
+    s = uniform(1, columns - window_size + 1)
+    return WindowBatch(
+        image=images,
+        index=order % len(images),
+        r=r,
+        s=s,
+        t=r + uniform(0, window_size - 1),
+        u=s + uniform(0, window_size - 1),
+        transposed=coin(rows == columns),
+        flipped_h=coin(),
+        flipped_v=coin(),
+    )
+
+
+def cut_training_windows(batch: WindowBatch, patch_size: int, window_size: int) -> torch.Tensor:
+    """Cut the windows of a step, on whatever device the images are.
+
+    Args:
+        batch (WindowBatch): Images and draws.
+        patch_size (int): Side length K of a patch in pixels.
+        window_size (int): Side length L of a window in patches.
+
+    Returns:
+        torch.Tensor: Windows of flattened patches, shape ``(B, L, L, K * K * 3)``.
+
+    Example:
+        >>> draws = draw_windows(torch.rand(2, 3, 64, 64), 5, 16, 3, True, torch.Generator().manual_seed(0))
+        >>> cut_training_windows(draws, 16, 3).shape
+        torch.Size([10, 3, 3, 768])
+    """
+    # Undo the flips, then the transposition, to find where the window lies in the image as it was read.
+    rows, columns = (side // patch_size for side in batch.image.shape[-2:])
+    r = torch.where(batch.flipped_v, rows - window_size + 2 - batch.r, batch.r)
+    s = torch.where(batch.flipped_h, columns - window_size + 2 - batch.s, batch.s)
+    r, s = torch.where(batch.transposed, s, r), torch.where(batch.transposed, r, s)
+
+    pixel = torch.arange(window_size * patch_size, device=batch.image.device)
+    y = rearrange((r - 1) * patch_size, "b -> b 1 1") + rearrange(pixel, "k -> 1 k 1")
+    x = rearrange((s - 1) * patch_size, "b -> b 1 1") + rearrange(pixel, "k -> 1 1 k")
+    pixels = batch.image[rearrange(batch.index, "b -> b 1 1"), :, y, x]
+    windows = rearrange(pixels, "b h w c -> b c h w")
+
+    def where(choice: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
+        return torch.where(rearrange(choice, "b -> b 1 1 1"), changed, windows)
+
+    windows = where(batch.transposed, rearrange(windows, "b c h w -> b c w h"))
+    windows = where(batch.flipped_h, hflip(windows))
+    windows = where(batch.flipped_v, vflip(windows))
+    return patchify(windows, patch_size)
+
+
+class WindowLoader:
+    """Turns a loader of images into a loader of training steps.
+
+    Every epoch reads every image once, draws ``windows_per_image`` windows from each and shuffles them, so that the
+    windows of a step come from many images. Images are pooled up to :data:`POOL_BYTES` at a time.
+
+    Args:
+        images (DataLoader): Loader of image batches. Its ``generator`` is seeded anew for every epoch.
+        prepare (Callable): Turns such a batch into a tensor ``(B, 3, H, W)`` in [0, 1] on the model's device.
+        image_size (tuple[int, int]): Height and width of prepared images in pixels.
+        patch_size (int): Side length K of a patch in pixels.
+        window_size (int): Side length L of a window in patches.
+        windows_per_image (int): Windows drawn from each image and epoch.
+        batch_size (int): Windows in a step.
+        augment (bool): Turn and flip.
+        seed (int): Seed of all draws; an epoch's draws depend on it and on ``epoch`` alone.
+    """
+
+    def __init__(
+        self,
+        images: DataLoader,
+        prepare: Callable[[object], torch.Tensor],
+        image_size: tuple[int, int],
+        patch_size: int,
+        window_size: int,
+        windows_per_image: int,
+        batch_size: int,
+        augment: bool,
+        seed: int,
+    ) -> None:
+        self.images = images
+        self.prepare = prepare
+        self.patch_size = patch_size
+        self.window_size = window_size
+        self.windows_per_image = windows_per_image
+        self.batch_size = batch_size
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+        bytes_of_one = 3 * image_size[0] * image_size[1] * torch.float32.itemsize
+        read_at_once = images.batch_size or 1
+        self._pool_size = max(1, POOL_BYTES // (bytes_of_one * read_at_once)) * read_at_once
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        full, rest = divmod(len(self.images.dataset), self._pool_size)
+        return full * self._steps(self._pool_size) + self._steps(rest)
+
+    def __iter__(self) -> Iterator[WindowBatch]:
+        """Yield the steps of epoch ``epoch``."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.images.generator is not None:
+            self.images.generator.manual_seed(self.seed + self.epoch)
+        for pool in self._pools():
+            draws = draw_windows(
+                pool, self.windows_per_image, self.patch_size, self.window_size, self.augment, generator
+            )
+            for step in range(self._steps(len(pool))):
+                yield _take(draws, slice(step * self.batch_size, (step + 1) * self.batch_size))
+
+    def _steps(self, images: int) -> int:
+        return math.ceil(images * self.windows_per_image / self.batch_size)
+
+    def _pools(self) -> Iterator[torch.Tensor]:
+        pool: list[torch.Tensor] = []
+        for batch in self.images:
+            pool.append(self.prepare(batch))
+            if sum(map(len, pool)) >= self._pool_size:
+                yield torch.cat(pool)
+                pool = []
+        if pool:
+            yield torch.cat(pool)
+
+
+def _take(draws: WindowBatch, part: slice) -> WindowBatch:
+    picked = {
+        name: value[part].to(draws.image.device)
+        for name, value in vars(draws).items()
+        if name not in ("image", "gt_mask")
+    }
+    return WindowBatch(image=draws.image, **picked)
