@@ -450,11 +450,7 @@ class InTra(AnomalibModule):
             batch = self._reconstructed(batch)
             normal = _normal(batch)
             maps = self.post_processor.difference_map(batch.image[normal], batch.reconstruction[normal])
-            total = (
-                total + maps.double().sum(dim=0, keepdim=True)
-                if maps.device.type != "mps"
-                else total + maps.sum(0, True)
-            )
+            total = total + maps.sum(dim=0, keepdim=True)
             count += len(maps)
         self.post_processor.set_training_mean(total / count)
         for batch in track(images.thresholds, "Thresholds"):

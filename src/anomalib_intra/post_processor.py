@@ -332,7 +332,9 @@ def _common_file_size(paths: list[str] | None) -> tuple[int, int]:
 
 def _masks_of_files(dataset: Any, batch: InTraBatch) -> torch.Tensor:
     if not hasattr(dataset, "samples"):
-        msg = f"original_size=True needs an anomalib dataset to find masks, not {type(dataset).__name__}: set it to False."
+        msg = (
+            f"original_size=True needs anomalib's dataset for the masks, not {type(dataset).__name__}: set it to False."
+        )
         raise ValueError(msg)
     # Not batch.mask_path: collating drops it where the first image of a batch is normal.
     mask_paths = dict(zip(dataset.samples.image_path, dataset.samples.mask_path, strict=True))
