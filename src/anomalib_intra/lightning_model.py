@@ -24,6 +24,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_intra.batch import InTraBatch
@@ -312,8 +313,6 @@ class InTra(AnomalibModule):
 
     def on_train_end(self) -> None:
         """Go back to the best weights, calibrate with them, and store that in the best checkpoint."""
-        if self.trainer.state.status == "interrupted":
-            return
         best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         if best and Path(best).is_file():
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
@@ -406,6 +405,10 @@ class InTra(AnomalibModule):
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
     def _sort_out(self, train_loader: Any, val_loader: Any) -> NormalImages:
+        for loader in (train_loader, val_loader):
+            if loader is not None and not isinstance(loader, DataLoader):
+                msg = f"InTra takes one DataLoader of images for training and one for validation, not {type(loader)}."
+                raise TypeError(msg)
         transform = self.pre_processor.transform if self.pre_processor is not None else None
         return NormalImages.of(train_loader, val_loader, self.trainer.datamodule, transform)
 

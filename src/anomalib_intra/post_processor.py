@@ -187,23 +187,17 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
         """Collect raw scores and maps of images to set thresholds on.
 
         Args:
-            batch (InTraBatch): Batch with ``image``, ``reconstruction`` and, where known, labels and masks.
+            batch (InTraBatch): Batch with ``image``, ``reconstruction`` and, where known, labels and masks; gets the
+                raw scores and maps.
         """
         maps = self.raw_anomaly_map(batch.image, batch.reconstruction)
-        # A copy that carries raw predictions: the batch itself goes on to be post-processed or evaluated.
-        raw = InTraBatch(
-            image=batch.image,
-            gt_label=batch.gt_label,
-            gt_mask=batch.gt_mask,
-            pred_score=self.score(maps),
-            anomaly_map=maps,
-        )
-        self._image_threshold_metric.update(raw)
-        self._pixel_threshold_metric.update(raw)
-        anomalous = torch.zeros(len(raw), dtype=torch.bool) if raw.gt_label is None else raw.gt_label.cpu()
+        batch.update(pred_score=self.score(maps), anomaly_map=maps)
+        self._image_threshold_metric.update(batch)
+        self._pixel_threshold_metric.update(batch)
+        anomalous = torch.zeros(len(batch), dtype=torch.bool) if batch.gt_label is None else batch.gt_label.cpu()
         self._anomalies_seen |= bool(anomalous.any())
-        self._normal_scores.append(raw.pred_score.cpu()[~anomalous])
-        self._normal_maps.append(raw.anomaly_map.cpu()[~anomalous])
+        self._normal_scores.append(batch.pred_score.cpu()[~anomalous])
+        self._normal_maps.append(batch.anomaly_map.cpu()[~anomalous])
 
     def set_thresholds(self) -> None:
         """Set the thresholds from all images observed since the last call."""

@@ -40,7 +40,9 @@ def weave(rng: np.random.Generator) -> np.ndarray:
     over = ((x // (period // 2)) + (y // (period // 2))) % 2 == 0
     height = np.where(over, 0.35 + 0.65 * warp, 0.25 + 0.5 * weft)
     colour = np.where(over[..., None], [0.80, 0.62, 0.40], [0.45, 0.50, 0.62])
-    image = colour * height[..., None] * rng.uniform(0.9, 1.1) + rng.normal(0, 0.015, (_SIZE, _SIZE, 1))
+    across, down = rng.uniform(-0.2, 0.2, 2)
+    light = rng.uniform(0.7, 1.1) * (1 + across * (x / _SIZE - 0.5) + down * (y / _SIZE - 0.5))
+    image = colour * (height * light)[..., None] + rng.normal(0, 0.015, (_SIZE, _SIZE, 1))
     return image.clip(0, 1)
 
 

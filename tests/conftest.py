@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+import warnings
+from pathlib import Path
+
+import pytest
+from anomalib.engine import Engine
+
+from anomalib_intra import InTra, TextureDemo
+
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = {
+    "image_size": (64, 64),
+    "window_size": 3,
+    "embed_dim": 32,
+    "depth": 3,
+    "num_heads": 2,
+    "learning_rate": 1e-3,
+    "windows_per_image": 8,
+    "window_batch_size": 32,
+}
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The generated data set, once for all tests."""
+    root = tmp_path_factory.mktemp("data") / "TextureDemo"
+    for category in TextureDemo.categories:
+        TextureDemo(root, category).prepare_data()
+    return root
+
+
+@pytest.fixture
+def demo(demo_root: Path) -> TextureDemo:
+    return TextureDemo(demo_root, num_workers=0)
+
+
+def tiny_engine(root: Path, **kwargs: object) -> Engine:
+    kwargs = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, **kwargs}
+    return Engine(default_root_dir=root, enable_model_summary=False, **kwargs)
+
+
+def tiny_intra(**kwargs: object) -> InTra:
+    return InTra(**{**TINY, **kwargs})

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Command lines and configs, parsed as anomalib parses them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from anomalib.cli.cli import AnomalibCLI
+
+from anomalib_intra import InTra, MVTec, TextureDemo
+
+from .conftest import CONFIGS
+
+SIZES = {
+    "carpet": 512, "grid": 512, "leather": 512, "tile": 512, "wood": 320, "bottle": 256, "cable": 256, "capsule": 320,
+    "hazelnut": 256, "metal_nut": 256, "pill": 512, "screw": 320, "toothbrush": 256, "transistor": 256, "zipper": 512,
+}  # fmt: skip
+
+
+def printed_config(program: str, *args: str) -> dict:
+    script = Path(sys.executable).with_name(program)
+    done = subprocess.run([script, "train", *args, "--print_config"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout[done.stdout.index("# anomalib==") :])  # a log line may stand before it
+
+
+def test_anomalib_understands_the_short_name_once_the_model_is_named() -> None:
+    config = printed_config("anomalib", "--model", "anomalib_intra.InTra", "--data", "MVTec")
+    assert config["data"]["class_path"] == "anomalib_intra.MVTec"
+    assert config["model"]["init_args"]["image_size"] == [256, 256]
+
+
+def test_our_script_understands_short_names_in_any_order() -> None:
+    config = printed_config("anomalib-intra", "--data", "MVTec", "--data.category", "screw", "--model", "InTra")
+    assert config["data"]["init_args"]["category"] == "screw"
+    assert config["model"]["class_path"] == "anomalib_intra.InTra"
+
+
+def test_benchmark_finds_our_classes() -> None:
+    code = """
+import sys
+sys.argv = ["anomalib-intra", "--help"]
+from anomalib_intra.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+from anomalib.data import get_datamodule
+from anomalib.models import get_model
+model = {"class_path": "anomalib_intra.InTra", "init_args": {"image_size": [64, 64], "window_size": 3, "depth": 1}}
+print("FOUND", type(get_model(model)).__name__, type(get_datamodule({"class_path": "MVTec"})).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "FOUND InTra MVTec" in done.stdout
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_configs_build(config: Path, tmp_path: Path) -> None:
+    cli = AnomalibCLI(
+        ["train", "--config", str(config), "--default_root_dir", str(tmp_path), "--model.depth", "1"], run=False
+    )
+    assert isinstance(cli.model, InTra)
+    names = [metric.name for metric in cli.model.evaluator.test_metrics]
+    assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO", "good_PSNR"} == set(names)
+    if config.stem == "quickstart":
+        assert isinstance(cli.datamodule, TextureDemo)
+        return
+    assert isinstance(cli.datamodule, MVTec)
+    category = "bottle" if config.stem == "intra" else config.stem
+    assert cli.datamodule.category == category
+    assert cli.model.image_size == (SIZES[category],) * 2
+    assert cli.model.post_processor.original_size
+
+
+def test_there_is_a_config_for_every_category() -> None:
+    assert {path.stem for path in (CONFIGS / "mvtec").glob("*.yaml")} == set(SIZES) == set(MVTec.categories)
