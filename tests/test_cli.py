@@ -68,10 +68,10 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
         assert isinstance(cli.datamodule, TextureDemo)
         return
     assert isinstance(cli.datamodule, MVTec)
-    category = "bottle" if config.stem == "intra" else config.stem
+    category = config.stem if config.parent.stem == "mvtec" else "bottle"
     assert cli.datamodule.category == category
     assert cli.model.image_size == (SIZES[category],) * 2
-    assert cli.model.post_processor.original_size
+    assert cli.model.post_processor.original_size == (config.stem != "bottle_cpu")
 
 
 def test_there_is_a_config_for_every_category() -> None:

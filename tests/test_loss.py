@@ -8,6 +8,8 @@ import torch
 
 from anomalib_intra.loss import InpaintingLoss
 
+torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
+
 
 def patches_of(batch, side, seed, dtype=torch.float64):
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -116,10 +118,9 @@ def test_gradients_on_constant_patches_are_finite(bf16, original, inpainted):
     assert loss.dtype == torch.float32
     assert loss.isfinite()
     assert leaf.grad.isfinite().all()
-    # Brighter than the original must get darker, and the other way round.
-    assert torch.equal(leaf.grad.sign(), torch.full_like(leaf, original < inpainted) - (original > inpainted)) or (
-        original == inpainted
-    )
+    # What is brighter than the original must get darker, and the other way round.
+    if original != inpainted:
+        assert (leaf.grad * (inpainted - original) > 0).all()
 
 
 def test_bf16_predictions_under_autocast_are_compared_in_float32():

@@ -288,6 +288,12 @@ class InTra(AnomalibModule):
         if 0 < self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
 
+    def on_train_epoch_end(self) -> None:
+        """Leave a line in the log, for runs without a terminal."""
+        metrics = self.trainer.callback_metrics
+        train_loss, val_loss = (float(metrics.get(name, torch.nan)) for name in ("train_loss_epoch", "val_loss"))
+        logger.info("Epoch %d: train_loss %.5f, val_loss %.5f", self.current_epoch, train_loss, val_loss)
+
     def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Inpaint every patch of the normal images of a batch and compare it with the original (sec. 4.1).
 
@@ -410,7 +416,14 @@ class InTra(AnomalibModule):
                 msg = f"InTra takes one DataLoader of images for training and one for validation, not {type(loader)}."
                 raise TypeError(msg)
         transform = self.pre_processor.transform if self.pre_processor is not None else None
-        return NormalImages.of(train_loader, val_loader, self.trainer.datamodule, transform)
+        patches_of_one = (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        return NormalImages.of(
+            train_loader,
+            val_loader,
+            self.trainer.datamodule,
+            resize=transform,
+            reconstructed_at_once=max(1, self.window_batch_size // patches_of_one),
+        )
 
     def _prepare(self, batch: ImageBatch) -> torch.Tensor:
         """Bring a batch of training images to the model's device and size."""

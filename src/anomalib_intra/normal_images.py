@@ -61,7 +61,12 @@ class NormalImages:
 
     @classmethod
     def of(
-        cls, train_loader: DataLoader, val_loader: DataLoader | None, datamodule: Any, resize: Any = None
+        cls,
+        train_loader: DataLoader,
+        val_loader: DataLoader | None,
+        datamodule: Any,
+        resize: Any = None,
+        reconstructed_at_once: int = 1,
     ) -> "NormalImages":
         """Sort out the images of a datamodule, or of two plain loaders, without changing either.
 
@@ -74,20 +79,26 @@ class NormalImages:
             val_loader (DataLoader | None): Loader of validation images.
             datamodule (Any): The datamodule both come from, or None.
             resize (Any): Transform of the model, which replaces augmentations for statistics.
+            reconstructed_at_once (int): Batch size of all loaders but the training one. Small batches let progress
+                bars move while a large model reconstructs images.
 
         Returns:
             NormalImages: The loaders.
         """
         dataset = train_loader.dataset
         plain = _without_augmentation(dataset, resize)
+
+        def training(images: Dataset) -> DataLoader:
+            return _loader(images, train_loader, train_loader.batch_size, shuffle=True)
+
+        def evaluation(images: Dataset) -> DataLoader:
+            return _loader(images, val_loader or train_loader, reconstructed_at_once)
+
         mode = getattr(datamodule, "val_split_mode", None)
-        if val_loader is not None and len(val_loader.dataset) and mode not in _SPLITS_FROM_TEST:
-            return cls(
-                training=_loader(dataset, train_loader, shuffle=True),
-                statistics=_loader(plain, train_loader),
-                held_out=val_loader,
-                thresholds=val_loader,
-            )
+        has_validation = val_loader is not None and len(val_loader.dataset) > 0
+        if has_validation and mode not in _SPLITS_FROM_TEST:
+            held_out = evaluation(val_loader.dataset)
+            return cls(training(dataset), evaluation(plain), held_out, thresholds=held_out)
 
         chosen = held_out_indices(len(dataset))
         if mode in _SPLITS_FROM_TEST:
@@ -101,12 +112,12 @@ class NormalImages:
                 len(chosen),
             )
         rest = sorted(set(range(len(dataset))) - set(chosen))
-        held_out = _loader(Subset(plain, chosen), train_loader)
+        held_out = evaluation(Subset(plain, chosen))
         return cls(
-            training=_loader(Subset(dataset, rest), train_loader, shuffle=True),
-            statistics=_loader(Subset(plain, rest), train_loader),
-            held_out=held_out,
-            thresholds=val_loader if val_loader is not None and len(val_loader.dataset) else held_out,
+            training(Subset(dataset, rest)),
+            evaluation(Subset(plain, rest)),
+            held_out,
+            thresholds=evaluation(val_loader.dataset) if has_validation else held_out,
         )
 
 
@@ -118,10 +129,10 @@ def _without_augmentation(dataset: Dataset, resize: Any) -> Dataset:
     return dataset
 
 
-def _loader(dataset: Dataset, like: DataLoader, shuffle: bool = False) -> DataLoader:
+def _loader(dataset: Dataset, like: DataLoader, batch_size: int, shuffle: bool = False) -> DataLoader:
     return DataLoader(
         dataset,
-        batch_size=like.batch_size,
+        batch_size=batch_size,
         shuffle=shuffle,
         num_workers=like.num_workers,
         collate_fn=like.collate_fn,
