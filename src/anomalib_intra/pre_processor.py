@@ -20,6 +20,7 @@ class InTraPreProcessor(PreProcessor):
         ValueError: If the transform normalizes.
 
     Example:
+        >>> from torchvision.transforms.v2 import Resize
         >>> InTraPreProcessor(Resize((64, 64)))(torch.rand(1, 3, 100, 80)).shape
         torch.Size([1, 3, 64, 64])
     """

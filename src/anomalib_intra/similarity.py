@@ -14,7 +14,7 @@ SSIM_WINDOW = 5
 
 _GMS_CONSTANT = 170 / 255**2
 _EPSILON = 1e-12
-_PREWITT = torch.tensor([[1.0, 0.0, -1.0]] * 3) / 3
+_PREWITT = [[1.0, 0.0, -1.0]] * 3
 
 
 def gradient_magnitude(images: torch.Tensor) -> torch.Tensor:
@@ -33,7 +33,7 @@ def gradient_magnitude(images: torch.Tensor) -> torch.Tensor:
         >>> gradient_magnitude(torch.full((1, 1, 4, 4), 0.5)).max() < 1e-5
         tensor(True)
     """
-    kernel = _PREWITT.to(images)
+    kernel = torch.tensor(_PREWITT, device=images.device, dtype=images.dtype) / 3
     horizontal = filter2d(images, kernel[None], border_type="replicate")
     vertical = filter2d(images, kernel.T[None], border_type="replicate")
     return torch.sqrt(horizontal**2 + vertical**2 + _EPSILON)
