@@ -8,6 +8,7 @@ import pytest
 import torch
 from anomalib.data import Folder, MVTecAD
 from anomalib.data.utils import read_image
+from anomalib.deploy import TorchInferencer
 from anomalib.engine import Engine
 from anomalib.metrics import AUROC
 from anomalib.post_processing import PostProcessor
@@ -29,6 +30,9 @@ class Recorder(Callback):
         self.steps: list[float] = []
         self.epochs: list[float] = []
         self.weights: list[dict[str, torch.Tensor]] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: InTra) -> None:
+        self.images = pl_module._images
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: InTra, outputs: dict, *_: object) -> None:
         self.steps.append(float(outputs["loss"]))
@@ -218,15 +222,15 @@ def test_mvtecad_default_split_warns_once_and_never_stops_on_test_images(
     demo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     datamodule = MVTecAD(demo_root, category="weave", num_workers=0)
-    model = tiny_intra()
+    model, recorder = tiny_intra(), Recorder()
     with caplog.at_level(logging.WARNING):
-        tiny_engine(tmp_path, max_epochs=1).fit(model, datamodule=datamodule)
+        tiny_engine(tmp_path, max_epochs=1, callbacks=[recorder]).fit(model, datamodule=datamodule)
     warnings = [r.message for r in caplog.records if "val_split_mode" in r.message]
     assert len(warnings) == 1
     assert "same_as_test" in warnings[0]
     assert "from_train" in warnings[0]
-    held_out = {b for batch in model._images.held_out for b in batch.image_path}
-    trained_on = {b for batch in model._images.training for b in batch.image_path}
+    held_out = {b for batch in recorder.images.held_out for b in batch.image_path}
+    trained_on = {b for batch in recorder.images.training for b in batch.image_path}
     assert len(held_out) == 6
     assert len(trained_on) == 54
     assert not held_out & trained_on
@@ -327,6 +331,20 @@ def test_grey_files_work(trained: tuple, tmp_path: Path) -> None:
         image.convert("L").save(tmp_path / "grey.png")
     (batch,) = tiny_engine(tmp_path).predict(model, data_path=tmp_path / "grey.png")
     assert torch.isfinite(batch.pred_score).all()
+
+
+def test_exported_torch_model_gives_the_same_scores(
+    trained: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, engine, datamodule, *_ = trained
+    path = engine.export(model, "torch", export_root=tmp_path)
+    monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
+    inferencer = TorchInferencer(path, device="cpu")
+    tested = scores_of(engine.predict(model, datamodule=datamodule))
+    for name in ("000.png", "005.png"):
+        with torch.no_grad():
+            prediction = inferencer.predict(datamodule.root / "weave/test/scratch" / name)
+        assert prediction.pred_score.item() == pytest.approx(float(tested["scratch" + name]), abs=1e-6)
 
 
 def test_bf16_training_calibrates_and_predicts(demo: TextureDemo, tmp_path: Path) -> None:

@@ -332,6 +332,8 @@ class InTra(AnomalibModule):
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
+        # Loaders of a run that is over must not travel with a model that is copied or exported.
+        self._images = self._windows = None
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
