@@ -155,7 +155,8 @@ class InTra(AnomalibModule):
         self._images: NormalImages | None = None
         self._windows: WindowLoader | None = None
         self._window_seed: int | None = None
-        self._step_ended: float | None = None
+        self._clock_started: float | None = None
+        self._windows_since = 0
 
     # ---- components --------------------------------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ class InTra(AnomalibModule):
     def on_train_epoch_start(self) -> None:
         """Draw other windows than in the epoch before."""
         self._windows.epoch = self.current_epoch
-        self._step_ended = None
+        self._clock_started = None
 
     def training_step(self, batch: WindowBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Inpaint the hidden patch of every window and compare it with the original (eq. 12).
@@ -281,10 +282,13 @@ class InTra(AnomalibModule):
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: WindowBatch, batch_idx: int) -> None:
         """Show the speed, and let a run that ends by ``max_steps`` end with a validation."""
         del outputs, batch_idx
-        now = time.monotonic()
-        if self._step_ended is not None:
-            self.log("windows/s", len(batch) / (now - self._step_ended), prog_bar=True, batch_size=1)
-        self._step_ended = now
+        # Timed from the end of the epoch's first step, before which images are read.
+        if self._clock_started is None:
+            self._clock_started, self._windows_since = time.monotonic(), 0
+        else:
+            self._windows_since += len(batch)
+            speed = self._windows_since / (time.monotonic() - self._clock_started)
+            self.log("windows/s", speed, prog_bar=True, batch_size=1)
         if 0 < self.trainer.max_steps <= self.trainer.global_step:
             self.trainer.should_stop = True
 
