@@ -22,7 +22,8 @@ from anomalib_intra.torch_model import Reconstruction
 #: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
 _KERNELS_AT_512 = (21, 11)
 _SIGMA = (2.0, 2.0)
-# Keeps a threshold that is exactly zero (constant images) from dividing by zero.
+# Normalization takes smaller thresholds as this one (decisions do not): zero, of constant images, would divide by zero,
+# and far below it float64 no longer tells scores near 1 apart.
 _SMALLEST_THRESHOLD = 1e-7
 
 
@@ -182,6 +183,9 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
         self.training_mean = torch.empty(0, device=self._image_threshold.device)
         self._image_threshold.fill_(torch.nan)
         self._pixel_threshold.fill_(torch.nan)
+        self._image_threshold_metric.reset()
+        self._pixel_threshold_metric.reset()
+        self._forget()
 
     def observe(self, batch: InTraBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.
