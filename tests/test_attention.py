@@ -9,8 +9,6 @@ import torch
 
 from anomalib_intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
-
 
 def randomise(module, seed):
     # Large weights, so that the softmax is far from uniform and every bias counts.

@@ -16,8 +16,6 @@ from anomalib_intra.grid import (
     unpatchify,
 )
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
-
 GRIDS = [(1, 1), (3, 3), (4, 4), (7, 7), (3, 5), (5, 3), (2, 9), (8, 4)]
 GRIDS_AND_WINDOWS = [(n, m, window) for n, m in GRIDS for window in (1, 2, 3, 4, 7) if window <= min(n, m)]
 

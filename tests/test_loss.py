@@ -8,8 +8,6 @@ import torch
 
 from anomalib_intra.loss import InpaintingLoss
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
-
 
 def patches_of(batch, side, seed, dtype=torch.float64):
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed), dtype=dtype)

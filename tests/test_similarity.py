@@ -9,8 +9,6 @@ import torch
 
 from anomalib_intra.similarity import gms_difference, gradient_magnitude, ssim_difference
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
-
 SHAPES = [(1, 3, 6, 6), (2, 3, 5, 8), (1, 3, 9, 5), (1, 1, 7, 7)]
 
 

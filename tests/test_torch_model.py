@@ -15,8 +15,6 @@ import torch
 import anomalib_intra
 from anomalib_intra.torch_model import InpaintingTransformer
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
-
 K, D, HEADS = 4, 8, 2
 PACKAGE = Path(anomalib_intra.__file__).parent
 

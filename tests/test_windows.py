@@ -12,8 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from anomalib_intra import windows as windows_module
 from anomalib_intra.windows import WindowBatch, WindowLoader, cut_training_windows, draw_windows
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
-
 K = 2
 
 
