@@ -252,3 +252,13 @@ def test_state_survives_saving_and_reset_forgets_it(tmp_path: Path) -> None:
     # A calibrated one takes over the state of one that is not.
     post_processor.load_state_dict(fresh.state_dict())
     assert not post_processor.is_calibrated
+
+
+def test_original_size_asked_for_now_outlives_a_checkpoint_without_it() -> None:
+    for saved, wanted in ((False, True), (True, False), (True, True)):
+        post_processor = InTraPostProcessor(original_size=wanted)
+        post_processor.load_checkpoint_config(InTraPostProcessor(original_size=saved).checkpoint_config())
+        assert post_processor.original_size
+    post_processor = InTraPostProcessor()
+    post_processor.load_checkpoint_config(InTraPostProcessor(image_quantile=0.5).checkpoint_config())
+    assert (post_processor.original_size, post_processor.image_quantile) == (False, 0.5)

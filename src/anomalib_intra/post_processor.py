@@ -88,6 +88,16 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "image_quantile", "pixel_quantile", "original_size")
 
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore settings; ``original_size=True`` asked for now outlives a checkpoint made without it.
+
+        Args:
+            config (dict[str, Any]): Settings from a checkpoint.
+        """
+        wanted = self.original_size
+        super().load_checkpoint_config(config)
+        self.original_size |= wanted
+
     # ---- eq. 16 to 18 ------------------------------------------------------------------------------------------------
 
     @staticmethod
