@@ -235,6 +235,17 @@ def test_window_batch_size_does_not_change_the_reconstruction(window_batch_size)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("window_batch_size", "at_once"), [(1, 2), (7, 6), (8, 8), (1000, 40)])
+def test_window_batch_size_bounds_the_windows_inpainted_at_once(window_batch_size, at_once):
+    # 40 windows of two images; each image has as many of them in a call as the other.
+    model = build()
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    model.reconstruct(rand(2, 3, 16, 20, seed=7), window_batch_size=window_batch_size)
+    assert sum(seen) == 40
+    assert max(seen) == at_once
+
+
 def test_images_of_a_batch_do_not_influence_each_other():
     model = build()
     images = rand(3, 3, 16, 20, seed=8)

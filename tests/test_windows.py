@@ -71,6 +71,9 @@ def test_every_image_gets_exactly_its_number_of_windows_in_mixed_order(augment):
     assert Counter(batch.index.tolist()) == dict.fromkeys(range(7), 30)
     # A first step of 32 windows out of 7 images misses few of them.
     assert len(set(batch.index[:32].tolist())) >= 6
+    # Neither sorted nor in turn: within the first seven windows some image comes twice.
+    assert len(set(batch.index[:7].tolist())) < 7
+    assert batch.index[:7].tolist() != batch.index[7:14].tolist()
 
 
 def test_all_eight_symmetries_of_a_square_are_drawn_alike_at_every_image():
