@@ -36,7 +36,8 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
 
     Normalization maps a raw score x to ``x / (x + threshold)``: 0.5 at the threshold, always below 1, and strictly
     increasing. It is computed in float64 (float32 on devices without it), so that scores are tied after it only if
-    they were before.
+    they were before. Thresholds below 1e-7 are normalized as 1e-7; decisions always use the threshold itself. Called
+    directly or exported, scores are rounded to float32.
 
     Thresholds are those of the best F1 score where the validation images hold labelled anomalies, and otherwise
     quantiles of the held-out normal images.

@@ -194,9 +194,11 @@ class WindowLoader:
 
     def __iter__(self) -> Iterator[WindowBatch]:
         """Yield the steps of epoch ``epoch``."""
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        # Apart enough that the epochs of two seeds do not repeat each other's draws.
+        seed = self.seed * 1_000_003 + self.epoch
+        generator = torch.Generator().manual_seed(seed)
         if self.images.generator is not None:
-            self.images.generator.manual_seed(self.seed + self.epoch)
+            self.images.generator.manual_seed(seed)
         for pool in self._pools():
             draws = draw_windows(
                 pool, self.windows_per_image, self.patch_size, self.window_size, self.augment, generator
