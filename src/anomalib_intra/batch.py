@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""anomalib's image batch with a field for the reconstruction."""
+"""anomalib's image batch without rounding, and one with a field for the reconstruction."""
 
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -10,35 +10,21 @@ from torchvision.tv_tensors import Mask
 
 
 @dataclass
-class _WithReconstruction:
-    # A class of its own, since anomalib cannot resolve type hints of a batch class itself.
-    reconstruction: torch.Tensor | None = None
+class UnroundedBatch(ImageBatch):
+    """An image batch whose scores and anomaly maps may be in float64, where anomalib would round them to float32.
 
-
-@dataclass
-class InTraItem(_WithReconstruction, ImageItem):
-    """An image item with its reconstruction, shape ``(3, H, W)``."""
-
-
-@dataclass
-class InTraBatch(_WithReconstruction, ImageBatch):
-    """An image batch with its reconstruction, shape ``(B, 3, H, W)``.
-
-    Scores and anomaly maps may be in float64, where anomalib would round them to float32: two scores that differ
-    before normalization still do after it.
+    Two scores that differ before normalization still do after it.
     """
 
-    item_class: ClassVar[type[InTraItem]] = InTraItem
-
     @classmethod
-    def of(cls, batch: ImageBatch) -> "InTraBatch":
+    def of(cls, batch: ImageBatch) -> "UnroundedBatch":
         """Take over the fields of an image batch.
 
         Args:
             batch (ImageBatch): Any image batch.
 
         Returns:
-            InTraBatch: The same fields, and an empty one for the reconstruction.
+            UnroundedBatch: The same fields; those that are new are empty.
         """
         return cls(**{field.name: getattr(batch, field.name) for field in fields(batch)})
 
@@ -53,6 +39,24 @@ class InTraBatch(_WithReconstruction, ImageBatch):
         """Check the scores as anomalib does, but keep float64."""
         checked = ImageBatch.validate_pred_score(pred_score)
         return checked if checked is None else _keep_double(pred_score, checked, torch.as_tensor)
+
+
+@dataclass
+class _WithReconstruction:
+    # A class of its own, since anomalib cannot resolve type hints of a batch class itself.
+    reconstruction: torch.Tensor | None = None
+
+
+@dataclass
+class InTraItem(_WithReconstruction, ImageItem):
+    """An image item with its reconstruction, shape ``(3, H, W)``."""
+
+
+@dataclass
+class InTraBatch(_WithReconstruction, UnroundedBatch):
+    """An unrounded image batch with its reconstruction, shape ``(B, 3, H, W)``."""
+
+    item_class: ClassVar[type[InTraItem]] = InTraItem
 
 
 def _keep_double(given: object, checked: torch.Tensor, wrap: type) -> torch.Tensor:

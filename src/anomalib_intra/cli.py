@@ -5,31 +5,52 @@ It adds the few commands that anomalib has no place for.
 """
 
 import sys
+from collections.abc import Callable
+from inspect import signature
+from pathlib import Path
 
-import anomalib.data
-import anomalib.models
 from anomalib.cli.cli import main as anomalib_main
 from anomalib.data import AnomalibDataModule
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 
-import anomalib_intra
+from anomalib_intra.benchmark import benchmark
 from anomalib_intra.yardsticks import yardsticks
 
 
 def main() -> None:
     """Run one of our own commands, or hand all arguments over to anomalib's command line.
 
-    Short names of models and datamodules are understood in any order, and ``benchmark``, which accepts no class from
-    outside anomalib, finds those of this package.
+    Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
+    which accepts no model from outside anomalib; it reads the same configs.
     """
-    anomalib.models.ALLOWED_MODULES.add(anomalib_intra.__name__)
-    for datamodule in (anomalib_intra.MVTec, anomalib_intra.TextureDemo):
-        setattr(anomalib.data, datamodule.__name__, datamodule)
-    own = {"yardsticks": _print_yardsticks}
+    own = {"benchmark": _benchmark, "yardsticks": _print_yardsticks}
     if len(sys.argv) > 1 and sys.argv[1] in own:
-        auto_cli(own[sys.argv[1]], as_positional=False, args=sys.argv[2:], prog=f"anomalib-intra {sys.argv[1]}")
+        _run(own[sys.argv[1]], sys.argv[1], sys.argv[2:])
     else:
         anomalib_main()
+
+
+def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
+    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=command.__doc__.splitlines()[0])
+    parser.add_function_arguments(command, as_positional=False)
+    if "config" not in signature(command).parameters:
+        parser.add_argument("--config", action="config", help="Arguments from a YAML file.")
+    given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
+    command(**{key: value for key, value in given.items() if key in signature(command).parameters})
+
+
+def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
+    """Run what is missing of a benchmark and write its tables, page and chart.
+
+    Args:
+        config: YAML file in the format of anomalib's benchmark, see configs/benchmark.yaml.
+        output: Folder for benchmark.csv, benchmark.md, benchmark.png and the runs.
+    """
+    rows = benchmark(config, output)
+    print(rows.to_string(index=False))
+    print(f"\nThe page with all tables: {output / 'benchmark.md'}")
+    if rows["error"].any():
+        sys.exit(1)
 
 
 def _print_yardsticks(data: AnomalibDataModule, image_size: tuple[int, int] = (256, 256)) -> None:

@@ -3,44 +3,33 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from anomalib.data import InferenceBatch
 from anomalib.data.utils import read_mask
 from anomalib.models.components import DynamicBufferMixin
-from anomalib.post_processing import PostProcessor
 from kornia.filters import box_blur, gaussian_blur2d
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.trainer.states import TrainerFn
 from PIL import Image
 from torch.nn.functional import interpolate
 
 from anomalib_intra.batch import InTraBatch
 from anomalib_intra.similarity import gms_difference
+from anomalib_intra.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.torch_model import Reconstruction
 
 #: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
 _KERNELS_AT_512 = (21, 11)
 _SIGMA = (2.0, 2.0)
-# Normalization takes smaller thresholds as this one (decisions do not): zero, of constant images, would divide by zero,
-# and far below it float64 no longer tells scores near 1 apart.
-_SMALLEST_THRESHOLD = 1e-7
 
 
-class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
+class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     """Anomaly maps by multiscale gradient magnitude similarity, scores and thresholds.
 
     The anomaly map is the squared deviation of the difference map from its mean over the training images (eq. 17), so
     raw maps and scores lie in [0, 1]. The training mean is computed once, when training ends, and stored with the
     thresholds in the checkpoint.
 
-    Normalization maps a raw score x to ``x / (x + threshold)``: 0.5 at the threshold, always below 1, and strictly
-    increasing. It is computed in float64 (float32 on devices without it), so that scores are tied after it only if
-    they were before. Thresholds below 1e-7 are normalized as 1e-7; decisions always use the threshold itself. Called
-    directly or exported, scores are rounded to float32.
-
-    Thresholds are those of the best F1 score where the validation images hold labelled anomalies, and otherwise
-    quantiles of the held-out normal images.
+    Normalization and thresholds are those of :class:`UnsaturatedPostProcessor`.
 
     Args:
         enable_normalization (bool): Normalize scores and maps; False gives the raw ones of eq. 17 and 18.
@@ -78,16 +67,15 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
             enable_thresholding=enable_thresholding,
             image_sensitivity=image_sensitivity,
             pixel_sensitivity=pixel_sensitivity,
+            image_quantile=image_quantile,
+            pixel_quantile=pixel_quantile,
         )
-        self.image_quantile = image_quantile
-        self.pixel_quantile = pixel_quantile
         self.original_size = original_size
         self.register_buffer("training_mean", torch.empty(0))
-        self._forget()
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "image_quantile", "pixel_quantile", "original_size")
+        return (*super()._checkpoint_config_keys, "original_size")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore settings; ``original_size=True`` asked for now outlives a checkpoint made without it.
@@ -192,11 +180,7 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
     def reset(self) -> None:
         """Forget training mean and thresholds: they belong to weights that are about to change."""
         self.training_mean = torch.empty(0, device=self._image_threshold.device)
-        self._image_threshold.fill_(torch.nan)
-        self._pixel_threshold.fill_(torch.nan)
-        self._image_threshold_metric.reset()
-        self._pixel_threshold_metric.reset()
-        self._forget()
+        super().reset()
 
     def observe(self, batch: InTraBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.
@@ -207,32 +191,7 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
         """
         maps = self.raw_anomaly_map(batch.image, batch.reconstruction)
         batch.update(pred_score=self.score(maps), anomaly_map=maps)
-        self._image_threshold_metric.update(batch)
-        self._pixel_threshold_metric.update(batch)
-        anomalous = torch.zeros(len(batch), dtype=torch.bool) if batch.gt_label is None else batch.gt_label.cpu()
-        self._anomalies_seen |= bool(anomalous.any())
-        self._normal_scores.append(batch.pred_score.cpu()[~anomalous])
-        self._normal_maps.append(batch.anomaly_map.cpu()[~anomalous])
-
-    def set_thresholds(self) -> None:
-        """Set the thresholds from all images observed since the last call."""
-        normal = bool(self._normal_scores) and torch.cat(self._normal_scores).numel() > 0
-        for threshold, metric, values, quantile in (
-            (self._image_threshold, self._image_threshold_metric, self._normal_scores, self.image_quantile),
-            (self._pixel_threshold, self._pixel_threshold_metric, self._normal_maps, self.pixel_quantile),
-        ):
-            if self._anomalies_seen and metric.update_called:
-                threshold.copy_(metric.compute())
-            elif normal:
-                # NumPy, since torch.quantile takes no more than 16 million values.
-                threshold.fill_(float(np.quantile(torch.cat(values).numpy(), quantile)))
-            metric.reset()
-        self._forget()
-
-    def _forget(self) -> None:
-        self._anomalies_seen = False
-        self._normal_scores: list[torch.Tensor] = []
-        self._normal_maps: list[torch.Tensor] = []
+        super().observe(batch)
 
     # ---- inference ---------------------------------------------------------------------------------------------------
 
@@ -246,8 +205,7 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
             InferenceBatch: Scores ``(B,)``, maps ``(B, 1, H, W)`` in float32, labels and masks.
         """
         maps = self.raw_anomaly_map(predictions.image, predictions.reconstruction)
-        scores, maps, labels, masks = self._decide(self.score(maps), maps)
-        return InferenceBatch(pred_score=scores.float(), pred_label=labels, anomaly_map=maps.float(), pred_mask=masks)
+        return super().forward(InferenceBatch(pred_score=self.score(maps), anomaly_map=maps))
 
     def post_process_batch(self, batch: InTraBatch) -> None:
         """Score a batch in place.
@@ -259,32 +217,8 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
         if self.original_size:
             size = _common_file_size(batch.image_path)
             maps = interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        scores, maps, labels, masks = self._decide(self.score(maps), maps)
-        batch.update(pred_score=scores, anomaly_map=maps, pred_label=labels, pred_mask=masks)
-
-    def _decide(
-        self, scores: torch.Tensor, maps: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        labels = masks = None
-        if self.enable_thresholding:
-            labels = self._exceeds(scores, self.image_threshold, self.image_sensitivity)
-            masks = self._exceeds(maps, self.pixel_threshold, self.pixel_sensitivity)
-        if self.enable_normalization:
-            scores = self._normalize(scores, self.image_threshold)
-            maps = self._normalize(maps, self.pixel_threshold)
-        return scores, maps, labels, masks
-
-    @staticmethod
-    def _exceeds(raw: torch.Tensor, threshold: torch.Tensor, sensitivity: float) -> torch.Tensor:
-        # x / (x + threshold) > 1 - sensitivity, solved for x: decisions do not depend on normalization.
-        return raw * sensitivity > threshold * (1 - sensitivity)
-
-    @staticmethod
-    def _normalize(raw: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        if raw.device.type != "mps":
-            raw, threshold = raw.double(), threshold.double()
-        threshold = threshold.clamp(min=_SMALLEST_THRESHOLD)
-        return torch.where(torch.isnan(threshold), raw, raw / (raw + threshold))
+        batch.update(pred_score=self.score(maps), anomaly_map=maps)
+        super().post_process_batch(batch)
 
     # ---- callback ----------------------------------------------------------------------------------------------------
 
@@ -296,20 +230,6 @@ class InTraPostProcessor(DynamicBufferMixin, PostProcessor):
         if self.original_size and outputs.gt_mask is not None:
             masks = _masks_of_files(trainer.test_dataloaders.dataset, outputs)
             outputs.gt_mask = masks.to(outputs.anomaly_map.device)
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        """Collect scores for thresholds, unless the model is being trained and has no training mean yet."""
-        del pl_module, args, kwargs
-        if trainer.state.fn != TrainerFn.FITTING:
-            self.observe(outputs)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set the thresholds anew, unless the model is being trained."""
-        del pl_module
-        if trainer.state.fn != TrainerFn.FITTING:
-            self.set_thresholds()
 
 
 def _halve(x: torch.Tensor) -> torch.Tensor:

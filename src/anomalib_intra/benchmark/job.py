@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs of the benchmark as jobs of anomalib's pipelines: isolated, resumable, and never in each other's way."""
+
+import json
+import multiprocessing
+import traceback
+from collections.abc import Iterator
+from datetime import timedelta
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from anomalib.data import AnomalibDataModule
+from anomalib.models import AnomalibModule
+from anomalib.pipelines.components import Job, JobGenerator
+from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
+from pandas import DataFrame
+from rich import print as rich_print
+
+from anomalib_intra.benchmark.runs import MODEL_KEYS, measure, parse
+
+_KEYS = {"seed", "model", "data", "image_size"}
+
+
+class BenchmarkRun(Job):
+    """One model on one category with one seed, in a process of its own.
+
+    The process makes the peak memory that of this run alone, and a run that crashes leaves the others in peace. The
+    result is one row, kept as ``row.json`` in the run's folder; a run whose row is there is not run again, unless its
+    settings have changed or it failed.
+
+    Args:
+        config (dict): ``model``, ``data``, ``seed`` and ``image_size`` of the run.
+        output (Path): Folder of the benchmark.
+        accelerator (str): As Lightning's.
+    """
+
+    name = "benchmark"
+
+    def __init__(self, config: dict[str, Any], output: Path, accelerator: str) -> None:
+        self.config = json.loads(json.dumps(config))  # plain data, as it will be read again
+        self.accelerator = accelerator
+        entry = self.config["model"]
+        self.model = entry.get("name") or entry["class_path"].rsplit(".", 1)[-1]
+        self.category = str(self.config["data"].get("init_args", {}).get("category", "all"))
+        self.seed = self.config["seed"]
+        self.folder = output / self.model / self.category / f"seed{self.seed}"
+        self.all = [self]
+
+    @property
+    def row(self) -> dict[str, Any] | None:
+        """The row of this run with these settings, or None if it was not run yet."""
+        try:
+            stored = json.loads((self.folder / "row.json").read_text())
+        except (OSError, json.JSONDecodeError):
+            return None
+        return stored["row"] if stored["config"] == self.config else None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the run ended well."""
+        return self.row is not None and not self.row["error"]
+
+    def run(self, task_id: int | None = None) -> dict[str, Any]:
+        """Run, unless it was done before.
+
+        Args:
+            task_id (int | None): Device to use, where several runs go on at once.
+
+        Returns:
+            dict: The row; ``error`` is empty if all went well.
+        """
+        if self.is_done:
+            rich_print(f"[dim]{self}: done before, {_summary(self.row)}[/dim]")
+            return self.row
+        number = self.all.index(self) + 1
+        rich_print(f"[bold]{self}[/bold] ({number} of {len(self.all)}){_time_left(self.all[number - 1 :])}")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "row.json").unlink(missing_ok=True)
+        process = multiprocessing.get_context("spawn").Process(target=self._measure, args=(task_id,))
+        process.start()
+        try:
+            process.join()
+        finally:
+            process.kill()
+        if self.row is None:
+            self._store({}, f"the process ended with exit code {process.exitcode} (-9: out of memory, or killed)")
+        row = self.row
+        rich_print(f"[bold]{self}[/bold]: " + (f"[red]{row['error']}[/red]" if row["error"] else _summary(row)))
+        return row
+
+    def __str__(self) -> str:
+        """Name model, category and seed."""
+        return f"{self.model} on {self.category}, seed {self.seed}"
+
+    def _measure(self, task_id: int | None) -> None:
+        try:
+            row = measure(self.config, self.folder, self.accelerator, "auto" if task_id is None else [task_id])
+            self._store(row, "")
+        except Exception as error:
+            (self.folder / "error.txt").write_text(traceback.format_exc())
+            self._store({}, " ".join(f"{type(error).__name__}: {error}".split()))
+
+    def _store(self, measured: dict[str, Any], error: str) -> None:
+        pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
+        head = {"model": self.model, "category": self.category, "seed": self.seed, "pretrained": pretrained}
+        text = json.dumps({"config": self.config, "row": {**head, **measured, "error": error}}, indent=1)
+        (self.folder / "row.tmp").write_text(text)
+        (self.folder / "row.tmp").replace(self.folder / "row.json")
+
+    @staticmethod
+    def collect(results: list[dict[str, Any]]) -> DataFrame:
+        """Put rows, which need not have the same columns, into one table."""
+        return DataFrame(results)
+
+    @staticmethod
+    def save(result: DataFrame) -> None:
+        """Leave it to the report, which also knows the rows of earlier sessions."""
+
+
+class BenchmarkRuns(JobGenerator):
+    """All runs of a config in anomalib's benchmark format: every combination of its ``grid`` lists.
+
+    Beside what anomalib knows, an entry of a model may have a ``name`` for the table, ``trainer`` arguments,
+    ``backbone_weights`` (a file) and ``pretrained`` (a few words on what it was allowed to see).
+
+    Args:
+        output (Path): Folder of the benchmark.
+        accelerator (str): As Lightning's.
+    """
+
+    def __init__(self, output: Path, accelerator: str = "auto") -> None:
+        self.output = output
+        self.accelerator = accelerator
+
+    @property
+    def job_class(self) -> type[BenchmarkRun]:
+        """The class of the jobs."""
+        return BenchmarkRun
+
+    def generate_jobs(
+        self, args: dict[str, Any] | None = None, prev_stage_result: Any = None
+    ) -> Iterator[BenchmarkRun]:
+        """Check all entries, then yield the runs.
+
+        Args:
+            args (dict): The ``benchmark`` part of a config.
+            prev_stage_result (Any): Unused.
+
+        Yields:
+            BenchmarkRun: The runs, in the order of the config.
+
+        Raises:
+            ValueError: If an entry is wrong, or two runs have the same name.
+        """
+        del prev_stage_result
+        runs = [
+            BenchmarkRun({"seed": 42, "image_size": [256, 256], **config}, self.output, self.accelerator)
+            for config in get_iterator_from_grid_dict(args or {})
+        ]
+        for run in runs:
+            _check(run)
+            run.all = runs
+        folders = [run.folder for run in runs]
+        twice = next((run for run in runs if folders.count(run.folder) > 1), None)
+        if twice is not None:
+            msg = f"The benchmark has two runs called '{twice}': give its models different names."
+            raise ValueError(msg)
+        yield from runs
+
+
+def _check(run: BenchmarkRun) -> None:
+    unknown = (set(run.config) - _KEYS) | (set(run.config["model"]) - MODEL_KEYS)
+    if unknown or not {"model", "data"} <= set(run.config):
+        msg = (
+            f"A benchmark has {', '.join(sorted(_KEYS))}, and a model {', '.join(sorted(MODEL_KEYS))}; this one has "
+            f"{', '.join(sorted(unknown)) or 'no model or no data'}."
+        )
+        raise ValueError(msg)
+    parse(AnomalibDataModule, run.config["data"])
+    parse(AnomalibModule, run.config["model"])
+
+
+def _pretrained(entry: dict[str, Any]) -> str:
+    if "backbone_weights" in entry:
+        return f"features of {Path(entry['backbone_weights']).name}"
+    model, _ = parse(AnomalibModule, entry)
+    if model.__module__.startswith(f"{__package__.split('.')[0]}."):
+        return "nothing"
+    asks = signature(model).parameters.get("pre_trained")
+    if asks is None:
+        return "not stated"
+    return "pretrained features" if entry.get("init_args", {}).get("pre_trained", asks.default) else "nothing"
+
+
+def _time_left(runs: list[BenchmarkRun]) -> str:
+    """Estimate from the runs of all sessions, those of the same model where there are any."""
+    known = [(run.model, run.row["fit_s"] + run.row["test_s"]) for run in runs[0].all if run.is_done]
+    if not known:
+        return ""
+    seconds = 0.0
+    for run in runs:
+        same = [took for model, took in known if model == run.model] or [took for _, took in known]
+        seconds += 0 if run.is_done else sum(same) / len(same)
+    return f", about {timedelta(seconds=round(seconds))} left"
+
+
+def _summary(row: dict[str, Any]) -> str:
+    scores = " / ".join("-" if row[name] is None else f"{row[name]:.3f}" for name in ("image_AUROC", "pixel_AUROC"))
+    return f"image / pixel AUROC {scores}, trained in {row['fit_s']:.0f} s, {row['ms_per_image']:.0f} ms per image"

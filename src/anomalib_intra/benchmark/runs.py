@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of the benchmark: a model is built, trained, tested and timed."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.data import AnomalibDataModule
+from anomalib.engine import Engine
+from anomalib.models import AnomalibModule
+from anomalib.models.components import TimmFeatureExtractor
+from jsonargparse import ArgumentParser
+from lightning import seed_everything
+
+from anomalib_intra.benchmark.evaluation import METRICS, evaluator
+
+#: Keys of a model's entry beside those of every anomalib config.
+MODEL_KEYS = {"class_path", "init_args", "name", "trainer", "backbone_weights", "pretrained"}
+_MOST_TIMED, _TIMED_SECONDS = 10, 5.0
+
+
+def parse(kind: type, entry: dict[str, Any]) -> tuple[type, Callable[[], Any]]:
+    """Check a ``class_path`` / ``init_args`` entry without building anything.
+
+    Args:
+        kind (type): Base class, ``AnomalibModule`` or ``AnomalibDataModule``.
+        entry (dict): The entry.
+
+    Returns:
+        tuple[type, Callable]: The class, and what builds the object.
+
+    Raises:
+        ValueError: If the class or one of its arguments does not exist.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "it")
+    try:
+        parsed = parser.parse_object({"it": {key: entry[key] for key in ("class_path", "init_args") if key in entry}})
+    except Exception as error:  # jsonargparse raises several kinds
+        msg = f"The benchmark's entry {entry.get('class_path', entry)} cannot be used: {error}"
+        raise ValueError(msg) from error
+    module, _, name = parsed.it.class_path.rpartition(".")
+    return getattr(import_module(module), name), lambda: parser.instantiate_classes(parsed).it
+
+
+def build_model(entry: dict[str, Any], image_size: tuple[int, int]) -> AnomalibModule:
+    """Build a model as all models of a benchmark are built: one image size, raw scores, the same metrics.
+
+    Args:
+        entry (dict): ``class_path`` and ``init_args`` as in any anomalib config; ``backbone_weights`` names a file
+            with weights of the pretrained backbone, which is then not downloaded.
+        image_size (tuple[int, int]): Height and width to which the model's images are resized.
+
+    Returns:
+        AnomalibModule: The model.
+
+    Raises:
+        ValueError: If the entry is wrong.
+
+    Example:
+        >>> entry = {"class_path": "anomalib.models.Padim", "init_args": {"pre_trained": False}}
+        >>> build_model(entry, (64, 64)).post_processor.enable_normalization
+        False
+    """
+    arguments = dict(entry.get("init_args", {}))
+    weights = entry.get("backbone_weights")
+    if weights is not None:
+        arguments["pre_trained"] = False
+    takes_size = "image_size" in signature(parse(AnomalibModule, entry)[0]).parameters
+    if takes_size:
+        arguments.setdefault("image_size", list(image_size))
+    _, build = parse(AnomalibModule, {**entry, "init_args": arguments})
+    model = build()
+    if not takes_size and "pre_processor" not in arguments:
+        model.pre_processor = model.configure_pre_processor(image_size)
+    model.evaluator = evaluator()
+    model.visualizer = None
+    if model.post_processor is not None:
+        # Normalization of most models clamps scores to [0, 1], and the ties move AUROC.
+        model.post_processor.enable_normalization = False
+    if weights is not None:
+        _load_backbone(model, Path(weights))
+    return model
+
+
+def _load_backbone(model: AnomalibModule, path: Path) -> None:
+    extractors = [module for module in model.modules() if isinstance(module, TimmFeatureExtractor)]
+    if len(extractors) != 1:
+        msg = f"backbone_weights can be used with models of one timm backbone; {model.name} has {len(extractors)}."
+        raise ValueError(msg)
+    if not path.is_file():
+        msg = f"There is no file {path} with backbone weights: take backbone_weights out to download pretrained ones."
+        raise FileNotFoundError(msg)
+    backbone = extractors[0].feature_extractor
+    given = torch.load(path, map_location="cpu", weights_only=True)
+    needed = backbone.state_dict()
+    wrong = [key for key in needed if key not in given or given[key].shape != needed[key].shape]
+    if wrong:
+        msg = (
+            f"{path} does not hold the backbone of {model.name}: {len(wrong)} of its weights differ, {wrong[0]} first."
+        )
+        raise ValueError(msg)
+    backbone.load_state_dict({key: given[key] for key in needed})
+
+
+def measure(
+    config: dict[str, Any], folder: Path, accelerator: str = "auto", devices: str | list[int] = "auto"
+) -> dict[str, Any]:
+    """Train and test one model on one category with one seed.
+
+    Args:
+        config (dict): ``model``, ``data``, ``seed`` and ``image_size``.
+        folder (Path): Folder for checkpoints and logs.
+        accelerator (str): As Lightning's.
+        devices (str | list[int]): As Lightning's.
+
+    Returns:
+        dict: The metrics in 0 .. 1 (None where the model gives no map), ``fit_s``, ``test_s``, ``ms_per_image`` (one
+        resized image at a time, from pixels to score and map), ``peak_memory_mib`` (of the process or, on CUDA, of the
+        device), ``parameters``, ``epochs``, ``steps``, ``device``.
+    """
+    seed_everything(config["seed"], workers=True)
+    model = build_model(config["model"], tuple(config["image_size"]))
+    datamodule = parse(AnomalibDataModule, config["data"])[1]()
+    trainer = {"logger": False, "enable_model_summary": False, **config["model"].get("trainer", {})}
+    engine = Engine(**{"accelerator": accelerator, "devices": devices, **trainer}, default_root_dir=folder)
+
+    started = time.perf_counter()
+    engine.fit(model, datamodule=datamodule)
+    fitted = time.perf_counter()
+    epochs, steps = engine.trainer.current_epoch, engine.trainer.global_step
+    results = engine.test(model, datamodule=datamodule, verbose=False)[0]
+    tested = time.perf_counter()
+
+    device = engine.trainer.strategy.root_device
+    return {
+        **{name: results.get(name) for name in METRICS},
+        "fit_s": fitted - started,
+        "test_s": tested - fitted,
+        "ms_per_image": _ms_per_image(model, datamodule, engine, device),
+        "peak_memory_mib": _peak_memory_mib(device),
+        "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
+        "epochs": epochs,
+        "steps": steps,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+@torch.inference_mode()
+def _ms_per_image(model: AnomalibModule, datamodule: AnomalibDataModule, engine: Engine, device: torch.device) -> float:
+    model = model.to(device).eval()  # Lightning moves models to the CPU when it is done
+    image = next(iter(datamodule.test_dataloader())).image[:1].to(device)
+    times: list[float] = []
+    while len(times) <= _MOST_TIMED and sum(times[1:]) < _TIMED_SECONDS:
+        started = time.perf_counter()
+        with engine.trainer.precision_plugin.forward_context():
+            model(image)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return 1000 * statistics.median(times[1:])  # the first run also sets things up
+
+
+def _peak_memory_mib(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

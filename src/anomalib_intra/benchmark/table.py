@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured and published figures side by side, category by category."""
+
+from pandas import DataFrame, concat
+
+from anomalib_intra.benchmark.published import CAMERA_READY_MEANS, OBJECTS, TEXTURES, published
+
+_GROUPS = {"textures": TEXTURES, "objects": OBJECTS}
+
+
+def comparison(rows: DataFrame, metric: str) -> DataFrame:
+    """Set models side by side in one metric.
+
+    A mean is over the benchmark's own categories, for the published methods too, and is missing where one of them is.
+
+    Args:
+        rows (DataFrame): Rows of runs, with ``model``, ``category``, ``seed`` and the metric in 0 .. 1.
+        metric (str): Name of the metric.
+
+    Returns:
+        DataFrame: Percentages, mean over seeds; a row for each category in the paper's order, then for the means of
+        textures, objects and all; a column for each model, then, for the metrics of Tables 1 and 2, for each published
+        method.
+
+    Example:
+        >>> rows = DataFrame({"model": "A", "category": ["grid", "screw"], "seed": 1, "image_AUROC": [0.9, 0.8]})
+        >>> float(comparison(rows, "image_AUROC").loc["mean of all (2)", "A"].round(6))
+        85.0
+    """
+    models = list(dict.fromkeys(rows["model"]))
+    paper_order = [*TEXTURES, *OBJECTS]
+    present = set(rows["category"])
+    categories = [name for name in paper_order if name in present] + sorted(present - set(paper_order))
+    values = 100 * rows.astype({metric: float}).pivot_table(
+        index="category", columns="model", values=metric, aggfunc="mean", dropna=False
+    )
+    table = values.reindex(index=categories, columns=models)
+    if metric in CAMERA_READY_MEANS:
+        papers = published(metric).reindex(categories).add_suffix(", paper")
+        table = concat([table, papers], axis="columns")
+    means = {}
+    for group, members in _GROUPS.items():
+        of_group = [name for name in categories if name in members]
+        if of_group:
+            means[f"mean of {group} ({len(of_group)})"] = table.loc[of_group].mean(skipna=False)
+    means[f"mean of all ({len(categories)})"] = table.mean(skipna=False)
+    return concat([table, DataFrame(means).T])
+
+
+def published_means(metric: str) -> DataFrame:
+    """Give the means over all 15 categories as they were printed.
+
+    Args:
+        metric (str): ``"image_AUROC"`` or ``"pixel_AUROC"``.
+
+    Returns:
+        DataFrame: One row of percentages, the camera-ready version's in a column of its own.
+
+    Example:
+        >>> float(published_means("pixel_AUROC")["InTra, camera-ready"].iloc[0])
+        96.6
+    """
+    row = published(metric).loc[["all"]].rename(index={"all": "printed mean of all 15"})
+    return row.assign(**{"InTra, camera-ready": CAMERA_READY_MEANS[metric]})
