@@ -168,7 +168,7 @@ def test_checkpoint_of_a_run_that_was_cut_off(
 
     with caplog.at_level(logging.WARNING):
         results = tiny_engine(tmp_path / "t").test(model, datamodule=demo)
-    assert "computing it from the training images" in caplog.text
+    assert "Computing it from the training images" in caplog.text
     assert model.post_processor.is_calibrated
     assert 0 <= results[0]["image_AUROC"] <= 1
 

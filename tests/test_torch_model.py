@@ -232,7 +232,8 @@ def test_window_batch_size_does_not_change_the_reconstruction(window_batch_size)
     images = rand(2, 3, 16, 20, seed=7, dtype=torch.float32)
     expected = model.reconstruct(images, window_batch_size=20)
     got = model.reconstruct(images, window_batch_size=window_batch_size)
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+    # Values of about 10 come from sums whose order depends on the batch size: one float32 rounding.
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(("window_batch_size", "at_once"), [(1, 2), (7, 6), (8, 8), (1000, 40)])
@@ -382,7 +383,8 @@ def test_modules_of_pure_torch_import_neither_lightning_nor_anomalib(name):
         ("attention", set()),
         ("similarity", set()),
         ("loss", {"anomalib_intra.similarity"}),
-        ("torch_model", {"anomalib_intra.grid", "anomalib_intra.attention"}),
+        ("image_range", set()),
+        ("torch_model", {"anomalib_intra.grid", "anomalib_intra.attention", "anomalib_intra.image_range"}),
     ],
 )
 def test_modules_of_pure_torch_import_only_those_below_them(name, allowed):

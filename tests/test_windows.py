@@ -4,13 +4,15 @@
 import itertools
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_intra import windows as windows_module
-from anomalib_intra.windows import WindowBatch, WindowLoader, cut_training_windows, draw_windows
+from anomalib_intra import draws as draws_module
+from anomalib_intra.draws import DrawLoader
+from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
 K = 2
 
@@ -184,15 +186,13 @@ class CountingImages(Dataset):
 
 def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0, rows=4, columns=4):
     images = DataLoader(dataset, batch_size=read_at_once, shuffle=True, generator=torch.Generator())
-    return WindowLoader(
+    return DrawLoader(
         images,
         prepare=lambda batch: batch,
-        image_size=(rows * K, columns * K),
-        patch_size=K,
-        window_size=3,
-        windows_per_image=windows_per_image,
+        draw=partial(draw_windows, patch_size=K, window_size=3, augment=True),
+        draws_per_image=windows_per_image,
         batch_size=batch_size,
-        augment=True,
+        image_size=(rows * K, columns * K),
         seed=seed,
     )
 
@@ -210,7 +210,7 @@ def draws_of(loader, dataset):
 def pool_images(request, monkeypatch):
     """How many images of 4 x 4 patches the pool has room for."""
     if request.param is not None:
-        monkeypatch.setattr(windows_module, "POOL_BYTES", request.param * 3 * (4 * K) ** 2 * 4)
+        monkeypatch.setattr(draws_module, "POOL_BYTES", request.param * 3 * (4 * K) ** 2 * 4)
     return request.param
 
 

@@ -63,3 +63,21 @@ def _keep_double(given: object, checked: torch.Tensor, wrap: type) -> torch.Tens
     if isinstance(given, torch.Tensor) and given.dtype == torch.float64:
         return wrap(given.reshape(checked.shape))
     return checked
+
+
+def is_normal(batch: ImageBatch) -> torch.Tensor:
+    """Tell which images of a batch are normal: all that are not labelled anomalous.
+
+    Args:
+        batch (ImageBatch): Any image batch.
+
+    Returns:
+        torch.Tensor: Booleans of shape ``(B,)``, on the images' device.
+
+    Example:
+        >>> is_normal(ImageBatch(image=torch.rand(2, 3, 8, 8), gt_label=torch.tensor([0, 1])))
+        tensor([ True, False])
+    """
+    if batch.gt_label is None:
+        return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
+    return ~batch.gt_label.bool().to(batch.image.device)

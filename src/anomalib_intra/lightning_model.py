@@ -5,17 +5,14 @@ InTra: Inpainting Transformer for Anomaly Detection, Pirnay and Chai, https://ar
 """
 
 import logging
-import time
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from anomalib import LearningType
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.data import Batch, ImageBatch
 from anomalib.metrics import Evaluator
-from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
@@ -25,17 +22,17 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import Resize
 
-from anomalib_intra.batch import InTraBatch
+from anomalib_intra.batch import InTraBatch, is_normal
+from anomalib_intra.drawn_module import DrawnModule
+from anomalib_intra.draws import DrawLoader
 from anomalib_intra.grid import patchify
 from anomalib_intra.loss import InpaintingLoss
 from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.post_processor import InTraPostProcessor
-from anomalib_intra.pre_processor import InTraPreProcessor, refuse_normalization
-from anomalib_intra.torch_model import InpaintingTransformer, check_range
+from anomalib_intra.torch_model import InpaintingTransformer
 from anomalib_intra.visualizer import InTraVisualizer
-from anomalib_intra.windows import WindowBatch, WindowLoader, cut_training_windows
+from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +43,7 @@ _ARCHITECTURE = (
 )  # fmt: skip
 
 
-class InTra(AnomalibModule):
+class InTra(DrawnModule):
     """InTra: the inpainting transformer for anomaly detection.
 
     Images of normal parts are cut into K x K patches. A transformer sees a window of L x L patches with one hidden and
@@ -88,6 +85,8 @@ class InTra(AnomalibModule):
     """
 
     model: InpaintingTransformer
+    draws_name = "windows"
+    post_processor_kind = InTraPostProcessor
 
     def __init__(
         self,
@@ -116,21 +115,12 @@ class InTra(AnomalibModule):
     ) -> None:
         image_size = (image_size[0], image_size[1])
         super().__init__(
-            # Checkpoints build the model before they restore the pre-processor, so the size must be given here.
-            pre_processor=self.configure_pre_processor(image_size) if pre_processor is True else pre_processor,
+            image_size,
+            pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        if self.pre_processor is not None:
-            refuse_normalization(self.pre_processor)
-        if not isinstance(self.post_processor, InTraPostProcessor):
-            msg = (
-                "InTra computes anomaly maps and scores in its post-processor (eq. 16-18): pass post_processor=True or "
-                "an InTraPostProcessor (with enable_normalization=False for raw scores)."
-            )
-            raise TypeError(msg)
-        self.image_size = image_size
         self.patch_size = patch_size
         self.window_size = window_size
         self.learning_rate = learning_rate
@@ -152,33 +142,8 @@ class InTra(AnomalibModule):
             readout=readout,
         )
         self.loss = InpaintingLoss(alpha, beta)
-        self._images: NormalImages | None = None
-        self._windows: WindowLoader | None = None
-        self._window_seed: int | None = None
-        self._clock_started: float | None = None
-        self._windows_since = 0
 
     # ---- components --------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
-        """Resize only: images stay in [0, 1].
-
-        Args:
-            image_size (tuple[int, int] | None): Height and width. Defaults to ``(256, 256)``.
-
-        Returns:
-            PreProcessor: The pre-processor.
-        """
-        return InTraPreProcessor(Resize(image_size or (256, 256), antialias=True))
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Anomaly maps, scores and thresholds of the paper.
-
-        Returns:
-            PostProcessor: An :class:`InTraPostProcessor`.
-        """
-        return InTraPostProcessor()
 
     @classmethod
     def configure_visualizer(cls) -> Visualizer:
@@ -219,46 +184,28 @@ class InTra(AnomalibModule):
         """
         return torch.optim.Adam(self.model.parameters(), lr=self.learning_rate)
 
-    @property
-    def trainer_arguments(self) -> dict[str, Any]:
-        """Trainer arguments that InTra needs: no validation before training, which would have nothing to check."""
-        return {"num_sanity_val_steps": 0}
-
-    @property
-    def learning_type(self) -> LearningType:
-        """InTra learns from normal images alone."""
-        return LearningType.ONE_CLASS
-
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def on_fit_start(self) -> None:
-        """Put the loaders of windows and of held-out images in the place of the datamodule's image loaders."""
-        self.post_processor.reset()
-        train_source = self.trainer.fit_loop._data_source
-        val_source = self.trainer.fit_loop.epoch_loop.val_loop._data_source
-        self._images = self._sort_out(
-            train_source.dataloader(), val_source.dataloader() if val_source.is_defined() else None
-        )
-        if self._window_seed is None:
-            self._window_seed = torch.initial_seed() % 2**31
-        self._windows = WindowLoader(
-            self._images.training,
-            self._prepare,
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            window_size=self.window_size,
-            windows_per_image=self.windows_per_image,
-            batch_size=self.window_batch_size,
-            augment=self.augment,
-            seed=self._window_seed,
-        )
-        train_source.instance = self._windows
-        val_source.instance = self._images.held_out
+    def draw_loader(self, images: DataLoader, seed: int) -> DrawLoader:
+        """Draw windows with a hidden patch (sec. 4.1).
 
-    def on_train_epoch_start(self) -> None:
-        """Draw other windows than in the epoch before."""
-        self._windows.epoch = self.current_epoch
-        self._clock_started = None
+        Args:
+            images (DataLoader): Loader of training images.
+            seed (int): Seed of all draws.
+
+        Returns:
+            DrawLoader: Loader of :class:`WindowBatch`.
+        """
+        draw = partial(draw_windows, patch_size=self.patch_size, window_size=self.window_size, augment=self.augment)
+        return DrawLoader(
+            images, self.prepare, draw, self.windows_per_image, self.window_batch_size, self.image_size, seed
+        )
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """As many images as fill a batch of windows."""
+        patches_of_one = (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        return max(1, self.window_batch_size // patches_of_one)
 
     def training_step(self, batch: WindowBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Inpaint the hidden patch of every window and compare it with the original (eq. 12).
@@ -279,25 +226,6 @@ class InTra(AnomalibModule):
         self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
         return loss
 
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: WindowBatch, batch_idx: int) -> None:
-        """Show the speed, and let a run that ends by ``max_steps`` end with a validation."""
-        del outputs, batch_idx
-        # Timed from the end of the epoch's first step, before which images are read.
-        if self._clock_started is None:
-            self._clock_started, self._windows_since = time.monotonic(), 0
-        else:
-            self._windows_since += len(batch)
-            speed = self._windows_since / (time.monotonic() - self._clock_started)
-            self.log("windows/s", speed, prog_bar=True, batch_size=1)
-        if 0 < self.trainer.max_steps <= self.trainer.global_step:
-            self.trainer.should_stop = True
-
-    def on_train_epoch_end(self) -> None:
-        """Leave a line in the log, for runs without a terminal."""
-        metrics = self.trainer.callback_metrics
-        train_loss, val_loss = (float(metrics.get(name, torch.nan)) for name in ("train_loss_epoch", "val_loss"))
-        logger.info("Epoch %d: train_loss %.5f, val_loss %.5f", self.current_epoch, train_loss, val_loss)
-
     def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Inpaint every patch of the normal images of a batch and compare it with the original (sec. 4.1).
 
@@ -311,7 +239,7 @@ class InTra(AnomalibModule):
         """
         del args, kwargs
         batch.reconstruction = self._reconstruct(batch.image)
-        normal = _normal(batch)
+        normal = is_normal(batch)
         if normal.any():
             original, inpainted = (
                 rearrange(patchify(images[normal].float(), self.patch_size), "b n m d -> (b n m) d")
@@ -321,38 +249,34 @@ class InTra(AnomalibModule):
             self.log("val_loss", loss, prog_bar=True, on_epoch=True, batch_size=int(normal.sum()), sync_dist=True)
         return batch
 
-    def on_train_end(self) -> None:
-        """Go back to the best weights, calibrate with them, and store that in the best checkpoint."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if best and Path(best).is_file():
-            checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
-            self.load_state_dict(checkpoint["state_dict"])
-            logger.info("Back to the weights of epoch %d, the best on held-out images.", checkpoint["epoch"])
-        self._calibrate(self._images)
-        if best and Path(best).is_file():
-            prefix = "post_processor."
-            state = {prefix + key: value.cpu() for key, value in self.post_processor.state_dict().items()}
-            checkpoint["state_dict"].update(state)
-            if self.trainer.is_global_zero:
-                self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
-            self.trainer.strategy.barrier()
-        # Loaders of a run that is over must not travel with a model that is copied or exported.
-        self._images = self._windows = None
+    # ---- calibration -------------------------------------------------------------------------------------------------
+
+    not_calibrated = "This checkpoint has no training mean (its training was cut off)."
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the training mean is there."""
+        return self.post_processor.is_calibrated
+
+    def calibrate(self, images: NormalImages) -> None:
+        """Compute the training mean (eq. 17) and the thresholds.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        total, count = 0, 0
+        for batch in track(images.statistics, "Training mean (eq. 17)"):
+            batch = self._reconstructed(batch)
+            normal = is_normal(batch)
+            maps = self.post_processor.difference_map(batch.image[normal], batch.reconstruction[normal])
+            total = total + maps.sum(dim=0, keepdim=True)
+            count += len(maps)
+        self.post_processor.set_training_mean(total / count)
+        for batch in track(images.thresholds, "Thresholds"):
+            self.post_processor.observe(self._reconstructed(batch))
+        self.post_processor.set_thresholds()
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
-
-    def on_validation_start(self) -> None:
-        """Make sure that the model is calibrated where it is validated outside training."""
-        if self.trainer.state.fn != "fit":
-            self._ensure_calibrated()
-
-    def on_test_start(self) -> None:
-        """Make sure that the model is calibrated."""
-        self._ensure_calibrated()
-
-    def on_predict_start(self) -> None:
-        """Make sure that the model is calibrated."""
-        self._ensure_calibrated()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Give image batches a place for their reconstructions."""
@@ -392,11 +316,6 @@ class InTra(AnomalibModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the seed of the windows beside what anomalib stores."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["intra_window_seed"] = self._window_seed
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, then restore what was stored."""
         saved = checkpoint.get("hyper_parameters", {})
@@ -412,38 +331,8 @@ class InTra(AnomalibModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
-        self._window_seed = checkpoint.get("intra_window_seed")
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
-
-    def _sort_out(self, train_loader: Any, val_loader: Any) -> NormalImages:
-        for loader in (train_loader, val_loader):
-            if loader is not None and not isinstance(loader, DataLoader):
-                msg = f"InTra takes one DataLoader of images for training and one for validation, not {type(loader)}."
-                raise TypeError(msg)
-        transform = self.pre_processor.transform if self.pre_processor is not None else None
-        patches_of_one = (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
-        return NormalImages.of(
-            train_loader,
-            val_loader,
-            self.trainer.datamodule,
-            resize=transform,
-            reconstructed_at_once=max(1, self.window_batch_size // patches_of_one),
-        )
-
-    def _prepare(self, batch: ImageBatch) -> torch.Tensor:
-        """Bring a batch of training images to the model's device and size."""
-        images = torch.as_tensor(batch.image[_normal(batch)]).to(self.device)
-        if self.pre_processor is not None and self.pre_processor.transform:
-            images = self.pre_processor.transform(images)
-        check_range(images)
-        if tuple(images.shape[-2:]) != self.image_size:
-            msg = (
-                f"Training images are {images.shape[-2]} x {images.shape[-1]} pixels after the pre-processor, but "
-                f"image_size is {self.image_size[0]} x {self.image_size[1]}: make both the same."
-            )
-            raise ValueError(msg)
-        return images
 
     def _as_images(self, patches: torch.Tensor) -> torch.Tensor:
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
@@ -451,49 +340,11 @@ class InTra(AnomalibModule):
     def _reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         return self.model.reconstruct(torch.as_tensor(images), self.window_batch_size)
 
-    def _ensure_calibrated(self) -> None:
-        datamodule = self.trainer.datamodule
-        if self.post_processor.is_calibrated or datamodule is None:
-            return  # without a datamodule, the post-processor says what is missing
-        logger.warning(
-            "This checkpoint has no training mean (its training was cut off): computing it from the training images "
-            "of %s.",
-            datamodule.name,
-        )
-        self._calibrate(self._sort_out(datamodule.train_dataloader(), datamodule.val_dataloader()))
-
-    @torch.no_grad()
-    def _calibrate(self, images: NormalImages) -> None:
-        """Compute the training mean (eq. 17) and the thresholds with the present weights."""
-        was_training = self.training
-        self.eval()
-        total, count = 0, 0
-        for batch in track(images.statistics, "Training mean (eq. 17)"):
-            batch = self._reconstructed(batch)
-            normal = _normal(batch)
-            maps = self.post_processor.difference_map(batch.image[normal], batch.reconstruction[normal])
-            total = total + maps.sum(dim=0, keepdim=True)
-            count += len(maps)
-        self.post_processor.set_training_mean(total / count)
-        for batch in track(images.thresholds, "Thresholds"):
-            self.post_processor.observe(self._reconstructed(batch))
-        self.post_processor.set_thresholds()
-        self.train(was_training)
-
     def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
-        batch = InTraBatch.of(self.transfer_batch_to_device(batch, self.device, 0))
-        if self.pre_processor is not None and self.pre_processor.transform:
-            batch.image, batch.gt_mask = self.pre_processor.transform(batch.image, batch.gt_mask)
+        batch = self.on_device(batch)
         with self.trainer.precision_plugin.forward_context():
             batch.reconstruction = self._reconstruct(batch.image)
         return batch
-
-
-def _normal(batch: ImageBatch) -> torch.Tensor:
-    """Which images of a batch are normal: all that are not labelled anomalous."""
-    if batch.gt_label is None:
-        return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
-    return ~batch.gt_label.bool()
 
 
 def _is_engine_default(checkpoint: Checkpoint) -> bool:

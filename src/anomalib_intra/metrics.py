@@ -8,6 +8,8 @@ from anomalib.data import Batch
 from anomalib.metrics import AnomalibMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
+from anomalib_intra.batch import is_normal
+
 
 class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
     """Peak signal-to-noise ratio of the reconstructions of normal images, in dB.
@@ -39,9 +41,8 @@ class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
         Args:
             batch (Batch): Batch with images, reconstructions and labels.
         """
-        normal = torch.ones(len(batch.image), dtype=torch.bool) if batch.gt_label is None else ~batch.gt_label.bool()
+        normal = is_normal(batch)
         if getattr(batch, "reconstruction", None) is None or not normal.any():
             self._update_count -= 1  # as anomalib's metrics do for batches without the field
             return
-        normal = normal.to(batch.image.device)
         super(AnomalibMetric, self).update(batch.reconstruction[normal].float(), torch.as_tensor(batch.image[normal]))

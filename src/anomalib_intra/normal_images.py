@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which images InTra trains on, is stopped by and is calibrated with (sec. 4.1), for any datamodule."""
+"""Which images a model trains on, is stopped by and is calibrated with (sec. 4.1), for any datamodule."""
 
 import copy
 import logging
@@ -37,7 +37,7 @@ def held_out_indices(count: int, seed: int = 0) -> list[int]:
         (True, 20)
     """
     if count < 2:
-        msg = f"InTra needs at least 2 normal training images, one of them to validate on; found {count}."
+        msg = f"Training needs at least 2 normal training images, one of them to validate on; found {count}."
         raise ValueError(msg)
     number = min(max(1, round(HELD_OUT_SHARE * count)), HELD_OUT_MOST)
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:number].tolist())
@@ -48,8 +48,9 @@ class NormalImages:
     """The loaders of a training run.
 
     Args:
-        training (DataLoader): Normal images to draw windows from, shuffled, augmented as the datamodule says.
-        statistics (DataLoader): The same images without augmentation, for the training mean (eq. 17).
+        training (DataLoader): Normal images to draw from, shuffled, augmented as the datamodule says.
+        statistics (DataLoader): The same images without augmentation, to calibrate with: the training mean of InTra
+            (eq. 17), the memory bank of Patch-SVDD.
         held_out (DataLoader): Images that are never trained on; the normal ones give the validation loss.
         thresholds (DataLoader): Images to set thresholds on: held-out ones, or the datamodule's validation images.
     """
@@ -66,7 +67,7 @@ class NormalImages:
         val_loader: DataLoader | None,
         datamodule: Any,
         resize: Any = None,
-        reconstructed_at_once: int = 1,
+        evaluated_at_once: int = 1,
     ) -> "NormalImages":
         """Sort out the images of a datamodule, or of two plain loaders, without changing either.
 
@@ -79,8 +80,8 @@ class NormalImages:
             val_loader (DataLoader | None): Loader of validation images.
             datamodule (Any): The datamodule both come from, or None.
             resize (Any): Transform of the model, which replaces augmentations for statistics.
-            reconstructed_at_once (int): Batch size of all loaders but the training one. Small batches let progress
-                bars move while a large model reconstructs images.
+            evaluated_at_once (int): Batch size of all loaders but the training one. Small batches let progress bars
+                move while a large model works.
 
         Returns:
             NormalImages: The loaders.
@@ -92,7 +93,7 @@ class NormalImages:
             return _loader(images, train_loader, train_loader.batch_size, shuffle=True)
 
         def evaluation(images: Dataset) -> DataLoader:
-            return _loader(images, val_loader or train_loader, reconstructed_at_once)
+            return _loader(images, val_loader or train_loader, evaluated_at_once)
 
         mode = getattr(datamodule, "val_split_mode", None)
         has_validation = val_loader is not None and len(val_loader.dataset) > 0
@@ -103,8 +104,8 @@ class NormalImages:
         chosen = held_out_indices(len(dataset))
         if mode in _SPLITS_FROM_TEST:
             logger.warning(
-                "The validation images of %s are test images (val_split_mode=%s). They will not decide when InTra "
-                "stops: %d of the training images are held out for that. But they do set the thresholds; set "
+                "The validation images of %s are test images (val_split_mode=%s). They will not decide when "
+                "training stops: %d of the training images are held out for that. But they do set the thresholds; set "
                 "val_split_mode=from_train on the datamodule (or use anomalib_intra.MVTec) to leave the test set "
                 "untouched until the test.",
                 type(datamodule).__name__,

@@ -7,7 +7,7 @@ from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Normalize, Transform
 
 
-class InTraPreProcessor(PreProcessor):
+class UnnormalizedPreProcessor(PreProcessor):
     """Resizes images, with the same antialiasing in training, prediction and export.
 
     anomalib's own turns antialiasing off where a model is called directly or exported, which moves the scores of
@@ -21,7 +21,7 @@ class InTraPreProcessor(PreProcessor):
 
     Example:
         >>> from torchvision.transforms.v2 import Resize
-        >>> InTraPreProcessor(Resize((64, 64)))(torch.rand(1, 3, 100, 80)).shape
+        >>> UnnormalizedPreProcessor(Resize((64, 64)))(torch.rand(1, 3, 100, 80)).shape
         torch.Size([1, 3, 64, 64])
     """
 
@@ -46,7 +46,7 @@ def refuse_normalization(pre_processor: PreProcessor) -> None:
     transform = getattr(pre_processor, "transform", None)
     if transform is not None and extract_transforms_by_type(transform, Normalize):
         msg = (
-            "InTra needs images in [0, 1], since the constants of its loss and anomaly map (GMS, SSIM) are made for "
-            "that range: take Normalize out of the pre-processor's transform."
+            "This model needs images in [0, 1], since its constants (of GMS and SSIM, or of the colour noise) are made "
+            "for that range: take Normalize out of the pre-processor's transform."
         )
         raise ValueError(msg)

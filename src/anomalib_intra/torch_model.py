@@ -10,6 +10,7 @@ from torch import nn
 
 from anomalib_intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
 from anomalib_intra.grid import centred_origin, check_image_size, cut_windows, f_global, f_local, patchify, unpatchify
+from anomalib_intra.image_range import check_range
 
 
 class Reconstruction(NamedTuple):
@@ -231,34 +232,6 @@ class InpaintingTransformer(nn.Module):
             raise ValueError(msg)
         if not torch.compiler.is_compiling():
             check_range(images)
-
-
-def check_range(images: torch.Tensor) -> None:
-    """Refuse images with values that are not finite or not in [0, 1].
-
-    Args:
-        images (torch.Tensor): Images of any shape.
-
-    Raises:
-        ValueError: If there are such values.
-
-    Example:
-        >>> check_range(torch.tensor([0.0, float("nan")]))
-        Traceback (most recent call last):
-        ...
-        ValueError: Images hold NaN or infinite values; InTra needs finite values in [0, 1].
-    """
-    low, high = images.aminmax()
-    if not torch.isfinite(low + high):
-        msg = "Images hold NaN or infinite values; InTra needs finite values in [0, 1]."
-        raise ValueError(msg)
-    # Resizing may leave the range by a rounding error.
-    if low < -1e-3 or high > 1 + 1e-3:
-        msg = (
-            f"Images hold values from {low:.3g} to {high:.3g}; InTra needs values in [0, 1]: scale them, and leave out "
-            "any Normalize transform."
-        )
-        raise ValueError(msg)
 
 
 def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:

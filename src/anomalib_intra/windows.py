@@ -1,19 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How training windows are drawn and cut (sec. 3.4 and 4.1)."""
 
-import math
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
 from kornia.geometry.transform import hflip, vflip
-from torch.utils.data import DataLoader
 
 from anomalib_intra.grid import patchify
-
-#: Bytes of decoded images that windows are drawn from at a time; a usual training set fits at once.
-POOL_BYTES = 2**30
 
 
 @dataclass
@@ -142,88 +136,3 @@ def cut_training_windows(batch: WindowBatch, patch_size: int, window_size: int) 
     windows = where(batch.flipped_h, hflip(windows))
     windows = where(batch.flipped_v, vflip(windows))
     return patchify(windows, patch_size)
-
-
-class WindowLoader:
-    """Turns a loader of images into a loader of training steps.
-
-    Every epoch reads every image once, draws ``windows_per_image`` windows from each and shuffles them, so that the
-    windows of a step come from many images. Images are pooled up to :data:`POOL_BYTES` at a time.
-
-    Args:
-        images (DataLoader): Loader of image batches. Its ``generator`` is seeded anew for every epoch.
-        prepare (Callable): Turns such a batch into a tensor ``(B, 3, H, W)`` in [0, 1] on the model's device.
-        image_size (tuple[int, int]): Height and width of prepared images in pixels.
-        patch_size (int): Side length K of a patch in pixels.
-        window_size (int): Side length L of a window in patches.
-        windows_per_image (int): Windows drawn from each image and epoch.
-        batch_size (int): Windows in a step.
-        augment (bool): Turn and flip.
-        seed (int): Seed of all draws; an epoch's draws depend on it and on ``epoch`` alone.
-    """
-
-    def __init__(
-        self,
-        images: DataLoader,
-        prepare: Callable[[object], torch.Tensor],
-        image_size: tuple[int, int],
-        patch_size: int,
-        window_size: int,
-        windows_per_image: int,
-        batch_size: int,
-        augment: bool,
-        seed: int,
-    ) -> None:
-        self.images = images
-        self.prepare = prepare
-        self.patch_size = patch_size
-        self.window_size = window_size
-        self.windows_per_image = windows_per_image
-        self.batch_size = batch_size
-        self.augment = augment
-        self.seed = seed
-        self.epoch = 0
-        bytes_of_one = 3 * image_size[0] * image_size[1] * torch.float32.itemsize
-        read_at_once = images.batch_size or 1
-        self._pool_size = max(1, POOL_BYTES // (bytes_of_one * read_at_once)) * read_at_once
-
-    def __len__(self) -> int:
-        """Steps of an epoch."""
-        full, rest = divmod(len(self.images.dataset), self._pool_size)
-        return full * self._steps(self._pool_size) + self._steps(rest)
-
-    def __iter__(self) -> Iterator[WindowBatch]:
-        """Yield the steps of epoch ``epoch``."""
-        # Apart enough that the epochs of two seeds do not repeat each other's draws.
-        seed = self.seed * 1_000_003 + self.epoch
-        generator = torch.Generator().manual_seed(seed)
-        if self.images.generator is not None:
-            self.images.generator.manual_seed(seed)
-        for pool in self._pools():
-            draws = draw_windows(
-                pool, self.windows_per_image, self.patch_size, self.window_size, self.augment, generator
-            )
-            for step in range(self._steps(len(pool))):
-                yield _take(draws, slice(step * self.batch_size, (step + 1) * self.batch_size))
-
-    def _steps(self, images: int) -> int:
-        return math.ceil(images * self.windows_per_image / self.batch_size)
-
-    def _pools(self) -> Iterator[torch.Tensor]:
-        pool: list[torch.Tensor] = []
-        for batch in self.images:
-            pool.append(self.prepare(batch))
-            if sum(map(len, pool)) >= self._pool_size:
-                yield torch.cat(pool)
-                pool = []
-        if pool:
-            yield torch.cat(pool)
-
-
-def _take(draws: WindowBatch, part: slice) -> WindowBatch:
-    picked = {
-        name: value[part].to(draws.image.device)
-        for name, value in vars(draws).items()
-        if name not in ("image", "gt_mask")
-    }
-    return WindowBatch(image=draws.image, **picked)

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patch SVDD (arXiv 2006.16067): patch features learned without labels, compared with those of normal images."""
+"""Patch-SVDD (Yi & Yoon, ACCV 2020) as an anomalib model."""
+
+from anomalib_intra.patch_svdd.lightning_model import PatchSVDD
+
+__all__ = ["PatchSVDD"]

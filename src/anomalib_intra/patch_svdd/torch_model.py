@@ -12,8 +12,8 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn.functional import avg_pool2d, conv2d, leaky_relu, pad
 
+from anomalib_intra.image_range import check_range
 from anomalib_intra.patch_svdd.pairs import BIG_PATCH, SMALL_PATCH, LevelPairs, Pairs
-from anomalib_intra.torch_model import check_range
 
 #: Distance between the patches of an image at inference, in pixels.
 SMALL_STRIDE, BIG_STRIDE = 4, 16

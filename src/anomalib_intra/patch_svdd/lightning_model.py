@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patch-SVDD as an anomalib model: wires encoder, loss, pairs and memory bank to Lightning and anomalib.
+
+Patch SVDD: Patch-level SVDD for Anomaly Detection and Segmentation, Yi and Yoon, https://arxiv.org/abs/2006.16067.
+"""
+
+from typing import Any
+
+import torch
+from anomalib.data import Batch, ImageBatch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from einops import rearrange
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.progress import track
+from torch.utils.data import DataLoader
+
+from anomalib_intra.batch import UnroundedBatch, is_normal
+from anomalib_intra.drawn_module import DrawnModule
+from anomalib_intra.draws import DrawLoader
+from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
+from anomalib_intra.patch_svdd.pairs import PairBatch, cut_pairs, draw_pairs
+from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
+
+
+class PatchSVDD(DrawnModule):
+    """Patch-SVDD: patch-level support vector data description.
+
+    An encoder learns from normal images alone to tell where patches lie relative to each other, and to give near
+    patches near features. A patch is anomalous as far as its feature is from the nearest feature of all normal training
+    patches, at two patch sizes of 32 and 64 pixels whose maps are multiplied. Defaults are those of the paper. The
+    weights of the last epoch are used, since no test image may choose a better one.
+
+    Args:
+        image_size (tuple[int, int]): Height and width to which images are resized, at least 128 each.
+        svdd_weight (float): Weight lambda of the distance between the features of near patches. One value for all
+            categories; tuned per category on test images, it would flatter the model.
+        learning_rate (float): Learning rate of Adam.
+        pairs_per_image (int): Draws from each image and epoch; a draw is one pair for each level and task.
+        pair_batch_size (int): Draws in a training step.
+        pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
+        post_processor (PostProcessor | bool): True or an :class:`UnsaturatedPostProcessor`.
+        evaluator (Evaluator | bool): True gives anomalib's default metrics.
+        visualizer (Visualizer | bool): True gives anomalib's default pictures.
+
+    Raises:
+        ValueError: If the image size is too small or the pre-processor normalizes.
+        TypeError: If the post-processor is of another kind.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> from anomalib_intra import MVTec
+        >>> engine = Engine(max_epochs=300)
+        >>> engine.train(PatchSVDD(), datamodule=MVTec("./datasets/MVTecAD", category="bottle"))  # doctest: +SKIP
+    """
+
+    model: PatchSVDDModel
+    draws_name = "pairs"
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (256, 256),
+        svdd_weight: float = 1e-3,
+        learning_rate: float = 1e-4,
+        pairs_per_image: int = 100,
+        pair_batch_size: int = 64,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            (image_size[0], image_size[1]),
+            pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.learning_rate = learning_rate
+        self.pairs_per_image = pairs_per_image
+        self.pair_batch_size = pair_batch_size
+        self.model = PatchSVDDModel(self.image_size)
+        self.loss = PatchSVDDLoss(svdd_weight)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam, for the encoder and the position classifiers.
+
+        Returns:
+            torch.optim.Optimizer: The optimizer.
+        """
+        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def draw_loader(self, images: DataLoader, seed: int) -> DrawLoader:
+        """Draw pairs of patches.
+
+        Args:
+            images (DataLoader): Loader of training images.
+            seed (int): Seed of all draws.
+
+        Returns:
+            DrawLoader: Loader of :class:`PairBatch`.
+        """
+        return DrawLoader(
+            images, self.prepare, draw_pairs, self.pairs_per_image, self.pair_batch_size, self.image_size, seed
+        )
+
+    def on_fit_start(self) -> None:
+        """Compute the mean training image, which is subtracted from all images."""
+        super().on_fit_start()
+        total, count = torch.zeros_like(self.model.mean_image), 0
+        for batch in track(self._images.statistics, "Mean training image"):
+            images = self.prepare(batch)
+            total += images.sum(dim=0)
+            count += len(images)
+        self.model.mean_image.copy_(total / count)
+
+    def training_step(self, batch: PairBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Tell the relative positions of patches, and bring near ones together.
+
+        Args:
+            batch (PairBatch): Pairs of a step.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+        """
+        del args, kwargs
+        terms = self._loss_of(batch)
+        count = {"batch_size": len(batch)}
+        self.log("train_loss", terms.total, prog_bar=True, on_step=True, on_epoch=True, **count)
+        self.log("train_position_loss", terms.position, on_step=False, on_epoch=True, **count)
+        self.log("train_svdd_loss", terms.svdd, on_step=False, on_epoch=True, **count)
+        return terms.total
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """While training, compute the loss on fixed pairs from held-out normal images; otherwise score the batch.
+
+        Args:
+            batch (ImageBatch): Batch of images.
+            batch_idx (int): Number of the batch; it seeds the pairs.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch.
+        """
+        del args, kwargs
+        if self.trainer.state.fn != "fit":
+            return self.test_step(batch)
+        normal = is_normal(batch)
+        if normal.any():
+            images = torch.as_tensor(batch.image[normal])
+            draws = draw_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(batch_idx))
+            self.log("val_loss", self._loss_of(draws, noise=0.0).total, prog_bar=True, batch_size=len(draws))
+        return batch
+
+    def _loss_of(self, draws: PairBatch, **noise: float) -> LossTerms:
+        return self.loss(self.model.encode_pairs(cut_pairs(draws, self.model.mean_image, **noise)))
+
+    # ---- calibration -------------------------------------------------------------------------------------------------
+
+    not_calibrated = "This checkpoint has no memory bank (its training was cut off)."
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the memory bank is there."""
+        return self.model.has_memory_bank
+
+    def calibrate(self, images: NormalImages) -> None:
+        """Fill the memory banks with the patches of the training images, then set the thresholds.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        small, big = [], []
+        for batch in track(images.statistics, "Memory bank"):
+            batch = self.on_device(batch)
+            features = self.model.encode(torch.as_tensor(batch.image[is_normal(batch)]))
+            small.append(rearrange(features.small, "b d h w -> (b h w) d"))
+            big.append(rearrange(features.big, "b d h w -> (b h w) d"))
+        self.model.bank_small, self.model.bank_big = torch.cat(small), torch.cat(big)
+        for batch in track(images.thresholds, "Thresholds"):
+            self.post_processor.observe(self.test_step(self.on_device(batch)))
+        self.post_processor.set_thresholds()
+
+    # ---- test and prediction -----------------------------------------------------------------------------------------
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Let image batches keep scores that are not rounded."""
+        del dataloader_idx
+        if isinstance(batch, ImageBatch) and not isinstance(batch, UnroundedBatch):
+            return UnroundedBatch.of(batch)
+        return batch
+
+    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Give a batch raw scores and maps.
+
+        Args:
+            batch (ImageBatch): Batch of images.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch.
+        """
+        del args, kwargs
+        predictions = self.model(torch.as_tensor(batch.image))
+        return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
+
+    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Give a batch raw scores and maps.
+
+        Args:
+            batch (ImageBatch): Batch of images.
+            batch_idx (int): Unused.
+            dataloader_idx (int): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch.
+        """
+        del batch_idx, dataloader_idx
+        return self.test_step(batch)
