@@ -38,11 +38,10 @@ def test_our_script_understands_short_names_in_any_order() -> None:
     assert config["model"]["class_path"] == "anomalib_intra.InTra"
 
 
-@pytest.mark.parametrize(
-    "config",
-    sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem not in ("benchmark", "patch_svdd")),
-    ids=lambda path: path.stem,
-)
+INTRA_CONFIGS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.stem not in ("benchmark", "patch_svdd"))
+
+
+@pytest.mark.parametrize("config", INTRA_CONFIGS, ids=lambda path: path.stem)
 def test_configs_build(config: Path, tmp_path: Path) -> None:
     cli = AnomalibCLI(
         ["train", "--config", str(config), "--default_root_dir", str(tmp_path), "--model.depth", "1"], run=False

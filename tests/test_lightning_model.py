@@ -109,12 +109,26 @@ def test_trained_loaded_and_bare_scores_are_the_same(trained: tuple, tmp_path: P
         assert bare.pred_label.shape == (1,)
 
 
-def test_command_line_style_test_of_a_checkpoint_gives_the_same_metrics(trained: tuple, tmp_path: Path) -> None:
+def test_command_line_style_test_of_a_checkpoint_gives_the_same_metrics(trained: tuple, tmp_path: Path, caplog) -> None:
     _, _, datamodule, run, results = trained
     again = tiny_engine(tmp_path).test(
         tiny_intra(), datamodule=datamodule, ckpt_path=run / "weights/lightning/model.ckpt"
     )
     assert again[0] == pytest.approx(results[0], abs=1e-6)
+    assert "no training mean" not in caplog.text
+
+
+def test_command_line_style_prediction_from_a_checkpoint(trained: tuple, tmp_path: Path) -> None:
+    """Lightning loads the states of callbacks after the model's, and the post-processor is one of them."""
+    _, _, datamodule, run, _ = trained
+    checkpoint = run / "weights/lightning/model.ckpt"
+    image = datamodule.root / "weave/test/hole/000.png"
+    loaded = InTra.load_from_checkpoint(checkpoint).eval()
+    (batch,) = tiny_engine(tmp_path).predict(tiny_intra(), data_path=image, ckpt_path=checkpoint)
+    with torch.no_grad():
+        expected = loaded(read_image(image, as_tensor=True)[None])
+    assert batch.pred_score.item() == pytest.approx(expected.pred_score.item(), abs=1e-6)
+    assert batch.pred_label.item() == expected.pred_label.item()
 
 
 def test_best_weights_are_tested_and_calibrated(demo: TextureDemo, tmp_path: Path) -> None:

@@ -216,11 +216,18 @@ class DrawnModule(AnomalibModule):
         """Store the seed of the draws beside what anomalib stores."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["draw_seed"] = self._draw_seed
+        self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was stored."""
         super().on_load_checkpoint(checkpoint)
         self._draw_seed = checkpoint.get("draw_seed")
+        self._forget_callback_state(checkpoint)
+
+    def _forget_callback_state(self, checkpoint: dict[str, Any]) -> None:
+        # The post-processor is a module, whose buffers are in the model's state, and a callback, whose state Lightning
+        # saved before calibration and would load over them.
+        checkpoint.get("callbacks", {}).pop(self.post_processor.state_key, None)
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
