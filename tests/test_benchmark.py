@@ -138,7 +138,7 @@ def test_unknown_keys_and_equal_names_are_refused(tmp_path: Path) -> None:
 def test_shipped_config_is_right() -> None:
     settings = yaml.safe_load((CONFIGS / "benchmark.yaml").read_text())
     models = {run.model for run in BenchmarkRuns(Path())(settings["benchmark"])}
-    assert models == {"InTra", "PatchSVDD", "PaDiM", "PatchCore"}
+    assert models == {"InTra", "PatchSVDD", "PaDiM", "PatchCore", "flat image", "mean image"}
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
@@ -220,6 +220,7 @@ def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
                 "grid": [
                     {**PADIM, "name": "Broken", "backbone_weights": str(folder / "none.pth")},
                     {**intra, "trainer": {"max_epochs": 1, "enable_progress_bar": False}},
+                    {"name": "flat", "class_path": "anomalib_intra.yardsticks.Yardstick"},
                 ]
             },
         },
@@ -246,6 +247,10 @@ def test_whole_command(whole) -> None:
     assert intra[["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max", "pixel_F1Max"]].between(0, 1).all()
     assert (intra[["fit_s", "test_s", "ms_per_image", "peak_memory_mib", "parameters", "steps"]] > 0).all()
     assert intra["epochs"] == 1
+    flat = rows.loc["flat"]
+    assert pd.isna(flat["error"])
+    assert flat["steps"] == 0
+    assert 0.5 < flat["image_AUROC"] < 1
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     page = (output / "benchmark.md").read_text()
     for text in ("Detection", "Segmentation", "camera-ready", "Failed runs", "none.pth", "| InTra", "nothing"):
@@ -262,7 +267,7 @@ def test_calling_again_runs_only_what_is_missing(whole) -> None:
     shorter.write_text(yaml.safe_dump(settings))
     rows = benchmark(shorter, output)
     assert (output / "InTra/weave/seed42/row.json").stat().st_mtime_ns == before
-    assert list(rows["model"]) == ["InTra"]
+    assert list(rows["model"]) == ["InTra", "flat"]
     assert "Failed" not in (output / "benchmark.md").read_text()
 
 

@@ -30,7 +30,7 @@ def tiny_patch_svdd(**kwargs: object) -> PatchSVDD:
 def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Engine, PatchSVDD, list[dict]]:
     torch.manual_seed(0)
     model = tiny_patch_svdd()
-    engine = tiny_engine(tmp_path_factory.mktemp("patch_svdd"))
+    engine = tiny_engine(tmp_path_factory.mktemp("patch_svdd"), max_epochs=1)
     results = engine.train(model, datamodule=TextureDemo(demo_root, num_workers=0))
     return engine, model, results
 
@@ -79,8 +79,8 @@ def test_loss_falls_and_is_logged(demo: TextureDemo, tmp_path: Path) -> None:
             super().on_train_epoch_end()
             losses.append({key: float(value) for key, value in self.trainer.callback_metrics.items()})
 
-    model = Watch(image_size=(128, 128), pairs_per_image=8, pair_batch_size=32, learning_rate=1e-3)
-    tiny_engine(tmp_path, max_epochs=4).fit(model, datamodule=demo)
+    model = Watch(image_size=(128, 128), pairs_per_image=3, pair_batch_size=12, learning_rate=1e-3)
+    tiny_engine(tmp_path, max_epochs=3).fit(model, datamodule=demo)
     assert {"train_loss_epoch", "train_position_loss", "train_svdd_loss", "val_loss"} <= set(losses[-1])
     assert losses[-1]["train_position_loss"] < losses[0]["train_position_loss"] < 1.1 * 2 * torch.tensor(8.0).log()
 

@@ -14,6 +14,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
@@ -268,6 +269,22 @@ class DrawnModule(AnomalibModule):
             )
             raise ValueError(msg)
         return images
+
+    def mean_training_image(self, images: NormalImages) -> torch.Tensor:
+        """Average the training images.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+
+        Returns:
+            torch.Tensor: Their mean, shape ``(3, H, W)``.
+        """
+        total, count = torch.zeros(3, *self.image_size, device=self.device), 0
+        for batch in track(images.statistics, "Mean training image"):
+            prepared = self.prepare(batch)
+            total += prepared.sum(dim=0)
+            count += len(prepared)
+        return total / count
 
     def _ensure_calibrated(self) -> None:
         datamodule = self.trainer.datamodule

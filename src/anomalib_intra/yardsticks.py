@@ -5,16 +5,22 @@ Eq. 17 compares difference maps with their mean, so a flat grey image in place o
 many defects. A model that does not beat both yardsticks has learned nothing that counts, whatever its AUROC.
 """
 
+from typing import Any
+
 import torch
 from anomalib.data import AnomalibDataModule
 from anomalib.engine import Engine
 from anomalib.metrics import AUPRO, AUROC, Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
 from einops import reduce
 from pandas import DataFrame
 from torch import nn
 
 from anomalib_intra.lightning_model import InTra
 from anomalib_intra.metrics import PSNR
+from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.torch_model import Reconstruction
 
 
@@ -43,6 +49,68 @@ class ConstantReconstruction(nn.Module):
         return Reconstruction(images, self.reconstruct(images))
 
 
+class Yardstick(InTra):
+    """InTra with one image in the place of all reconstructions; there is nothing to train.
+
+    Args:
+        image_size (tuple[int, int]): Height and width to which images are resized.
+        flat (bool): Take the mean colour of the training images; False takes their mean image.
+        pre_processor (PreProcessor | bool): As InTra's.
+        post_processor (PostProcessor | bool): As InTra's.
+        evaluator (Evaluator | bool): As InTra's.
+        visualizer (Visualizer | bool): As InTra's.
+
+    Example:
+        >>> Yardstick((64, 96), flat=False).model.image.shape
+        torch.Size([3, 64, 96])
+    """
+
+    not_calibrated = "A yardstick needs the mean of the training images, and their mean difference map."
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (256, 256),
+        flat: bool = True,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            image_size,
+            # A patch of one pixel fits every image size; the transformer itself is replaced at once.
+            patch_size=1,
+            window_size=1,
+            embed_dim=2,
+            depth=1,
+            num_heads=1,
+            pre_processor=pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        self.flat = flat
+        self.model = ConstantReconstruction(torch.zeros(3, *self.image_size))
+
+    def configure_optimizers(self) -> None:
+        """Nothing to optimize."""
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """No training: the means are computed before the test."""
+        return {**super().trainer_arguments, "max_epochs": 1, "limit_train_batches": 0}
+
+    def calibrate(self, images: NormalImages) -> None:
+        """Compute the mean of the training images, then what InTra computes.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        mean = self.mean_training_image(images)
+        self.model.image.copy_(reduce(mean, "c h w -> c 1 1", "mean").expand_as(mean) if self.flat else mean)
+        super().calibrate(images)
+
+
 def yardsticks(datamodule: AnomalibDataModule, image_size: tuple[int, int] = (256, 256)) -> DataFrame:
     """Score the flat and the mean-image reconstruction exactly as InTra is scored.
 
@@ -53,30 +121,16 @@ def yardsticks(datamodule: AnomalibDataModule, image_size: tuple[int, int] = (25
     Returns:
         DataFrame: A row for each yardstick; AUROC and AUPRO in 0 .. 1, PSNR of good test images in dB.
     """
-    datamodule.prepare_data()
-    datamodule.setup()
-    resize = InTra.configure_pre_processor(image_size)
-    mean_image = _mean_image(datamodule, resize)
-    flat = reduce(mean_image, "c h w -> c 1 1", "mean").expand_as(mean_image)
     rows = {}
-    for name, image in (("flat, the training images' mean colour", flat), ("the mean training image", mean_image)):
-        model = _intra_with(ConstantReconstruction(image.clone()), image_size)
+    for name, flat in (("flat, the training images' mean colour", True), ("the mean training image", False)):
+        model = Yardstick(image_size, flat, evaluator=_evaluator(), visualizer=False)
         results = Engine(logger=False, enable_progress_bar=False).test(model, datamodule=datamodule, verbose=False)
         rows[name] = results[0]
     return DataFrame(rows).T
 
 
-def _mean_image(datamodule: AnomalibDataModule, resize: nn.Module) -> torch.Tensor:
-    total, count = 0, 0
-    for batch in datamodule.train_dataloader():
-        images = resize(torch.as_tensor(batch.image))
-        total = total + reduce(images, "b c h w -> c h w", "sum")
-        count += len(images)
-    return total / count
-
-
-def _intra_with(reconstruction: nn.Module, image_size: tuple[int, int]) -> InTra:
-    evaluator = Evaluator(
+def _evaluator() -> Evaluator:
+    return Evaluator(
         test_metrics=[
             AUROC(fields=["pred_score", "gt_label"], prefix="image_", strict=False),
             AUROC(fields=["anomaly_map", "gt_mask"], prefix="pixel_", strict=False),
@@ -84,16 +138,3 @@ def _intra_with(reconstruction: nn.Module, image_size: tuple[int, int]) -> InTra
             PSNR(),
         ]
     )
-    # A patch of one pixel fits every image size; the transformer itself is replaced at once.
-    model = InTra(
-        image_size,
-        patch_size=1,
-        window_size=1,
-        embed_dim=2,
-        depth=1,
-        num_heads=1,
-        evaluator=evaluator,
-        visualizer=False,
-    )
-    model.model = reconstruction
-    return model

@@ -14,8 +14,8 @@ OBJECTS = (
 CAMERA_READY_MEANS = {"image_AUROC": 95.0, "pixel_AUROC": 96.6}
 
 _METHODS = ("Patch-SVDD", "RIAD", "CutPaste", "PaDiM", "InTra")
-# All as printed. PaDiM reports no image AUROC per category; the printed means of RIAD over textures and over all are not
-# those of its column, which are 94.0 and 91.3.
+# All as printed. PaDiM reports no image AUROC per category; the printed means of RIAD over textures and over all are
+# not those of its column, which are 94.0 and 91.3.
 _IMAGE_AUROC = """
 carpet      92.9  84.2  93.1 -    98.8
 grid        94.6  99.6  99.9 -   100.0

@@ -112,12 +112,7 @@ class PatchSVDD(DrawnModule):
     def on_fit_start(self) -> None:
         """Compute the mean training image, which is subtracted from all images."""
         super().on_fit_start()
-        total, count = torch.zeros_like(self.model.mean_image), 0
-        for batch in track(self._images.statistics, "Mean training image"):
-            images = self.prepare(batch)
-            total += images.sum(dim=0)
-            count += len(images)
-        self.model.mean_image.copy_(total / count)
+        self.model.mean_image.copy_(self.mean_training_image(self._images))
 
     def training_step(self, batch: PairBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Tell the relative positions of patches, and bring near ones together.
