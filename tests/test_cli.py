@@ -9,7 +9,7 @@ import pytest
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_intra import InTra, MVTec, TextureDemo
+from anomalib_intra import InTra, MVTec, PatchSVDD, TextureDemo
 
 from .conftest import CONFIGS
 
@@ -57,6 +57,13 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     assert cli.datamodule.category == category
     assert cli.model.image_size == (SIZES[category],) * 2
     assert cli.model.post_processor.original_size == (config.stem != "bottle_cpu")
+
+
+def test_patch_svdd_config_holds_the_defaults(tmp_path: Path) -> None:
+    arguments = ["train", "--config", str(CONFIGS / "patch_svdd.yaml"), "--default_root_dir", str(tmp_path)]
+    cli = AnomalibCLI(arguments, run=False)
+    assert isinstance(cli.model, PatchSVDD)
+    assert dict(cli.model.hparams) == dict(PatchSVDD().hparams)
 
 
 def test_there_is_a_config_for_every_category() -> None:
