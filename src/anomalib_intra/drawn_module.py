@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from anomalib import LearningType
-from anomalib.data import ImageBatch
+from anomalib.data import Batch, ImageBatch
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -18,7 +18,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
-from anomalib_intra.batch import is_normal
+from anomalib_intra.batch import UnroundedBatch, is_normal
 from anomalib_intra.draws import DrawLoader, Draws
 from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages
@@ -48,6 +48,7 @@ class DrawnModule(AnomalibModule):
     #: What one draw is called in the progress bar.
     draws_name = "draws"
     post_processor_kind: type[UnsaturatedPostProcessor] = UnsaturatedPostProcessor
+    batch_kind: type[UnroundedBatch] = UnroundedBatch
 
     def __init__(self, image_size: tuple[int, int], pre_processor: PreProcessor | bool, **components: Any) -> None:
         super().__init__(
@@ -210,6 +211,27 @@ class DrawnModule(AnomalibModule):
     def on_predict_start(self) -> None:
         """Make sure that the model is calibrated."""
         self._ensure_calibrated()
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Turn image batches into those of the model, which keep what anomalib's would round or drop."""
+        del dataloader_idx
+        if isinstance(batch, ImageBatch) and not isinstance(batch, self.batch_kind):
+            return self.batch_kind.of(batch)
+        return batch
+
+    def predict_step(self, batch: UnroundedBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Do with a batch what a test step does.
+
+        Args:
+            batch (UnroundedBatch): Batch of images.
+            batch_idx (int): Unused.
+            dataloader_idx (int): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch.
+        """
+        del batch_idx, dataloader_idx
+        return self.test_step(batch)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

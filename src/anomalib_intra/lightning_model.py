@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import Batch, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -87,6 +87,7 @@ class InTra(DrawnModule):
     model: InpaintingTransformer
     draws_name = "windows"
     post_processor_kind = InTraPostProcessor
+    batch_kind = InTraBatch
 
     def __init__(
         self,
@@ -278,13 +279,6 @@ class InTra(DrawnModule):
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Give image batches a place for their reconstructions."""
-        del dataloader_idx
-        if isinstance(batch, ImageBatch) and not isinstance(batch, InTraBatch):
-            return InTraBatch.of(batch)
-        return batch
-
     def test_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Reconstruct a batch; the post-processor scores it.
 
@@ -299,20 +293,6 @@ class InTra(DrawnModule):
         del args, kwargs
         batch.reconstruction = self._reconstruct(batch.image)
         return batch
-
-    def predict_step(self, batch: InTraBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Reconstruct a batch; the post-processor scores it.
-
-        Args:
-            batch (InTraBatch): Batch of images; gets reconstructions.
-            batch_idx (int): Unused.
-            dataloader_idx (int): Unused.
-
-        Returns:
-            STEP_OUTPUT: The batch.
-        """
-        del batch_idx, dataloader_idx
-        return self.test_step(batch)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ Patch SVDD: Patch-level SVDD for Anomaly Detection and Segmentation, Yi and Yoon
 from typing import Any
 
 import torch
-from anomalib.data import Batch, ImageBatch
+from anomalib.data import ImageBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from anomalib_intra.batch import UnroundedBatch, is_normal
+from anomalib_intra.batch import is_normal
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.normal_images import NormalImages
@@ -186,13 +186,6 @@ class PatchSVDD(DrawnModule):
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Let image batches keep scores that are not rounded."""
-        del dataloader_idx
-        if isinstance(batch, ImageBatch) and not isinstance(batch, UnroundedBatch):
-            return UnroundedBatch.of(batch)
-        return batch
-
     def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Give a batch raw scores and maps.
 
@@ -207,17 +200,3 @@ class PatchSVDD(DrawnModule):
         del args, kwargs
         predictions = self.model(torch.as_tensor(batch.image))
         return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
-
-    def predict_step(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
-        """Give a batch raw scores and maps.
-
-        Args:
-            batch (ImageBatch): Batch of images.
-            batch_idx (int): Unused.
-            dataloader_idx (int): Unused.
-
-        Returns:
-            STEP_OUTPUT: The batch.
-        """
-        del batch_idx, dataloader_idx
-        return self.test_step(batch)
