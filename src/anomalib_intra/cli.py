@@ -46,7 +46,11 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
         config: YAML file in the format of anomalib's benchmark, see configs/benchmark.yaml.
         output: Folder for benchmark.csv, benchmark.md, benchmark.png and the runs.
     """
-    rows = benchmark(config, output)
+    try:
+        rows = benchmark(config, output)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on with the runs that are missing.")
+        sys.exit(130)
     print(rows.to_string(index=False))
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")
     if rows["error"].any():

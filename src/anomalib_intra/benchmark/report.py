@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's results as a table (CSV), a page (Markdown) and a bar chart (PNG)."""
 
-import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ def write_report(rows: DataFrame, config: dict[str, Any], output: Path) -> Path:
 
     Args:
         rows (DataFrame): Rows of runs, failed ones among them.
-        config (dict): The config of the benchmark, which the page repeats.
+        config (dict): The config of the benchmark, which the page repeats; ``notes`` is text for its beginning.
         output (Path): Folder.
 
     Returns:
@@ -44,7 +43,7 @@ def write_report(rows: DataFrame, config: dict[str, Any], output: Path) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     rows.to_csv(output / "benchmark.csv", index=False)
     done, failed = rows[rows["error"] == ""], rows[rows["error"] != ""]
-    sections = [_heading(rows, config)]
+    sections = [_heading(rows, config), *filter(None, [config.get("notes", "").strip()])]
     if len(done):
         chart(done).savefig(output / "benchmark.png", dpi=120)
         sections.append("![Image and pixel AUROC of every model and category](benchmark.png)")
@@ -53,6 +52,7 @@ def write_report(rows: DataFrame, config: dict[str, Any], output: Path) -> Path:
     if len(failed):
         listing = failed[["model", "category", "seed", "error"]].to_markdown(index=False)
         sections.append("## Failed runs\n\nThey are tried again when the command is run again.\n\n" + listing)
+    config = {key: value for key, value in config.items() if key != "notes"}
     sections.append("## Config\n\n```yaml\n" + yaml.safe_dump(config, sort_keys=False, width=120) + "```")
     page = output / "benchmark.md"
     page.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
@@ -94,11 +94,11 @@ def chart(rows: DataFrame) -> Figure:
 def _heading(rows: DataFrame, config: dict[str, Any]) -> str:
     size = config["benchmark"].get("image_size", [256, 256])
     seen = rows.drop_duplicates("model").set_index("model")["pretrained"]
-    devices = sorted(set(rows.get("device", Series(dtype=str)).dropna()))
-    used = ", ".join(_processor() if device == "cpu" else device for device in devices) or "nothing yet"
+    used = ", ".join(sorted(set(rows.get("device", Series(dtype=str)).dropna()))) or "nothing yet"
     versions = ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
     return (
         "# Benchmark\n\n"
+        "Written by `anomalib-intra benchmark --config CONFIG`, with the config at the end of this page. "
         f"Every model saw the same training, held-out and test images, reduced to {size[0]} x {size[1]} pixels, and "
         "was scored at that size on raw scores: normalization, which clamps scores and so moves AUROC, is off for all. "
         f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions}.\n\n"
@@ -122,10 +122,3 @@ def _costs(rows: DataFrame) -> DataFrame:
 def _markdown(table: DataFrame, digits: int) -> str:
     texts = table.map(lambda value: "-" if value != value else f"{value:.{digits}f}")
     return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()

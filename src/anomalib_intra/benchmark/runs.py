@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of the benchmark: a model is built, trained, tested and timed."""
 
+import platform
 import statistics
 import sys
 import time
@@ -123,7 +124,7 @@ def measure(
     Returns:
         dict: The metrics in 0 .. 1 (None where the model gives no map), ``fit_s``, ``test_s``, ``ms_per_image`` (one
         resized image at a time, from pixels to score and map), ``peak_memory_mib`` (of the process or, on CUDA, of the
-        device), ``parameters``, ``epochs``, ``steps``, ``device``.
+        device), ``parameters``, ``epochs``, ``steps`` and ``device``, the name of card or processor.
     """
     seed_everything(config["seed"], workers=True)
     model = build_model(config["model"], tuple(config["image_size"]))
@@ -148,7 +149,7 @@ def measure(
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "epochs": epochs,
         "steps": steps,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
     }
 
 
@@ -176,3 +177,11 @@ def _peak_memory_mib(device: torch.device) -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
