@@ -21,7 +21,7 @@ from anomalib_intra.benchmark.evaluation import AUROC, F1Max, unsaturated
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
 from anomalib_intra.benchmark.published import OBJECTS, TEXTURES, published
 from anomalib_intra.benchmark.report import write_report
-from anomalib_intra.benchmark.runs import build_model, parse
+from anomalib_intra.benchmark.runs import build_datamodule, build_model, parse
 from anomalib_intra.benchmark.table import comparison, published_means
 
 from .conftest import CONFIGS, TINY
@@ -98,6 +98,13 @@ def test_backbone_weights_come_from_the_file(tmp_path: Path) -> None:
     torch.save({"conv1.weight": torch.rand(3)}, tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match="does not hold the backbone"):
         build_model({**PADIM, "backbone_weights": str(tmp_path / "wrong.pth")}, (64, 64))
+
+
+def test_every_model_gets_the_same_split() -> None:
+    entry = {"class_path": "anomalib.data.MVTecAD", "init_args": {}}
+    assert build_datamodule(entry, seed=3).seed == 3
+    assert build_datamodule({**entry, "init_args": {"seed": 5}}, seed=3).seed == 5
+    assert build_datamodule({"class_path": "anomalib_intra.MVTec"}, seed=3).seed == 0  # a fixed choice of its own
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,30 @@ def build_model(entry: dict[str, Any], image_size: tuple[int, int]) -> AnomalibM
     return model
 
 
+def build_datamodule(entry: dict[str, Any], seed: int) -> AnomalibDataModule:
+    """Build a datamodule that splits its images the same way for every model.
+
+    Args:
+        entry (dict): ``class_path`` and ``init_args`` as in any anomalib config.
+        seed (int): Seed of random splits, for datamodules that would otherwise split differently each time.
+
+    Returns:
+        AnomalibDataModule: The datamodule.
+
+    Raises:
+        ValueError: If the entry is wrong.
+
+    Example:
+        >>> build_datamodule({"class_path": "anomalib.data.MVTecAD"}, seed=7).seed
+        7
+    """
+    arguments = dict(entry.get("init_args", {}))
+    asks = signature(parse(AnomalibDataModule, entry)[0]).parameters.get("seed")
+    if asks is not None and asks.default is None:
+        arguments.setdefault("seed", seed)
+    return parse(AnomalibDataModule, {**entry, "init_args": arguments})[1]()
+
+
 def _load_backbone(model: AnomalibModule, path: Path) -> None:
     extractors = [module for module in model.modules() if isinstance(module, TimmFeatureExtractor)]
     if len(extractors) != 1:
@@ -128,7 +152,7 @@ def measure(
     """
     seed_everything(config["seed"], workers=True)
     model = build_model(config["model"], tuple(config["image_size"]))
-    datamodule = parse(AnomalibDataModule, config["data"])[1]()
+    datamodule = build_datamodule(config["data"], config["seed"])
     trainer = {"logger": False, "enable_model_summary": False, **config["model"].get("trainer", {})}
     engine = Engine(**{"accelerator": accelerator, "devices": devices, **trainer}, default_root_dir=folder)
 
