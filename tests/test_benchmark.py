@@ -101,10 +101,28 @@ def test_backbone_weights_come_from_the_file(tmp_path: Path) -> None:
 
 
 def test_every_model_gets_the_same_split() -> None:
-    entry = {"class_path": "anomalib.data.MVTecAD", "init_args": {}}
+    from_train = {"val_split_mode": "from_train"}
+    entry = {"class_path": "anomalib.data.MVTecAD", "init_args": from_train}
     assert build_datamodule(entry, seed=3).seed == 3
-    assert build_datamodule({**entry, "init_args": {"seed": 5}}, seed=3).seed == 5
+    assert build_datamodule({**entry, "init_args": {"seed": 5, **from_train}}, seed=3).seed == 5
     assert build_datamodule({"class_path": "anomalib_intra.MVTec"}, seed=3).seed == 0  # a fixed choice of its own
+
+
+def test_validation_on_test_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="set val_split_mode to from_train"):
+        build_datamodule({"class_path": "anomalib.data.MVTecAD"}, seed=3)
+
+
+@pytest.mark.parametrize("own", [{"image_size": [32, 32]}, {"pre_processor": False}])
+def test_a_model_with_images_of_its_own_is_refused(own: dict) -> None:
+    with pytest.raises(ValueError, match=f"has its own {next(iter(own))}"):
+        build_model({"class_path": "anomalib_intra.InTra", "init_args": own}, (64, 64))
+
+
+def test_models_are_built_for_the_size_of_their_images() -> None:
+    model = build_model({"class_path": "anomalib.models.Ganomaly"}, (64, 64))
+    assert model.input_size == (64, 64)
+    assert model.model.generator.encoder1.input_layers[0].in_channels == 3
 
 
 @pytest.mark.parametrize(
@@ -140,6 +158,32 @@ def test_unknown_keys_and_equal_names_are_refused(tmp_path: Path) -> None:
         runs_of(tmp_path, model={"grid": [{**PADIM, "wheights": "x"}]})
     with pytest.raises(ValueError, match="different names"):
         runs_of(tmp_path, model={"grid": [PADIM, PADIM]})
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"model": None}, "needs 'model' and 'data'"),
+        ({"model": {"name": "x"}}, "needs 'model' and 'data'"),
+        ({"data": None}, "needs 'model' and 'data'"),
+        ({"image_size": 256}, "image_size is 256"),
+        ({"model": {**PADIM, "name": "a/b"}}, "special characters"),
+        ({"seed": {"grid": []}}, "grid' lists is empty"),
+        (
+            {"model": {"class_path": "anomalib_intra.InTra", "init_args": {"image_size": [32, 32]}}},
+            "its own image_size",
+        ),
+    ],
+)
+def test_wrong_configs_are_refused_with_the_reason(config: dict, named: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=named):
+        runs_of(tmp_path, **config)
+
+
+def test_an_accelerator_is_one(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("accelerator: [cpu, cuda]\nbenchmark: {model: {}, data: {}}")
+    with pytest.raises(ValueError, match="measured on one"):
+        benchmark(tmp_path / "config.yaml")
 
 
 def test_shipped_config_is_right() -> None:
@@ -214,7 +258,10 @@ def test_a_damaged_row_counts_as_missing(tmp_path: Path) -> None:
 def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, subprocess.CompletedProcess]:
     """The command, with one model that works and one whose backbone file is missing."""
     folder = tmp_path_factory.mktemp("benchmark")
-    intra = {"class_path": "anomalib_intra.InTra", "init_args": {**TINY, "image_size": [64, 64]}}
+    intra = {
+        "class_path": "anomalib_intra.InTra",
+        "init_args": {key: value for key, value in TINY.items() if key != "image_size"},
+    }
     config = {
         "accelerator": "cpu",
         "benchmark": {
@@ -275,7 +322,9 @@ def test_calling_again_runs_only_what_is_missing(whole) -> None:
     rows = benchmark(shorter, output)
     assert (output / "InTra/weave/seed42/row.json").stat().st_mtime_ns == before
     assert list(rows["model"]) == ["InTra", "flat"]
-    assert "Failed" not in (output / "benchmark.md").read_text()
+    page = (output / "benchmark.md").read_text()
+    assert "Failed" not in page
+    assert "Missing" not in page
 
 
 def test_a_file_that_is_no_benchmark_is_refused(tmp_path: Path) -> None:
@@ -338,7 +387,11 @@ def test_page_of_failures_alone(tmp_path: Path) -> None:
     rows = pd.DataFrame(
         [{"model": "A", "category": "x", "seed": 1, "pretrained": "nothing", "error": "ValueError: it failed"}]
     )
-    page = write_report(rows, {"benchmark": {}}, tmp_path).read_text()
+    config = {"benchmark": {}, "notes": "Look here."}
+    page = write_report(rows, config, tmp_path, missing=["B on x, seed 1"]).read_text()
+    assert "Look here." in page
+    assert "Missing runs" in page
+    assert "B on x, seed 1" in page
     assert "it failed" in page
     assert "Detection" not in page
 

@@ -600,3 +600,20 @@ def test_training_learns_positions():
         history.append(terms.position.item())
     assert history[0] > 2 * math.log(8) - 0.5
     assert min(history[-3:]) < 0.75 * history[0]
+
+
+def test_draws_are_where_the_images_are():
+    draws = draw_pairs(torch.rand(2, 3, 128, 128, device="meta"), 3, torch.Generator().manual_seed(0))
+    assert all(value.device.type == "meta" for value in vars(draws).values() if value is not None)
+
+
+def test_images_are_encoded_in_float32_also_where_training_is_in_bf16():
+    torch.manual_seed(0)
+    model = PatchSVDDModel((128, 128)).eval()
+    images = torch.rand(1, 3, 128, 128)
+    with torch.no_grad():
+        expected = model.encode(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model.encode(images)
+    assert torch.equal(got.small, expected.small)
+    assert torch.equal(got.big, expected.big)

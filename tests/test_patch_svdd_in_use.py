@@ -175,6 +175,23 @@ def test_checkpoint_of_a_run_that_was_cut_off(demo: TextureDemo, tmp_path: Path,
     assert model.is_calibrated
 
 
+def test_a_run_that_goes_on_from_a_finished_one_forgets_its_bank(trained, demo: TextureDemo, tmp_path: Path) -> None:
+    """Features of other weights would give scores that look right."""
+
+    class CutOff(PatchSVDD):
+        def on_train_end(self) -> None:
+            raise KeyboardInterrupt
+
+    model = CutOff(image_size=(128, 128), pairs_per_image=1)
+    model.load_state_dict(trained[1].state_dict())
+    assert model.is_calibrated
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        tiny_engine(tmp_path, max_epochs=1).fit(model, datamodule=demo)
+    assert not model.is_calibrated
+    (path,) = tmp_path.rglob("model.ckpt")
+    assert not PatchSVDD.load_from_checkpoint(path).is_calibrated
+
+
 def test_wrong_components_are_refused() -> None:
     with pytest.raises(ValueError, match="take Normalize out"):
         tiny_patch_svdd(pre_processor=PreProcessor(Compose([Resize((128, 128)), Normalize([0.5], [0.5])])))

@@ -4,6 +4,7 @@
 It adds the few commands that anomalib has no place for.
 """
 
+import signal
 import sys
 from collections.abc import Callable
 from inspect import signature
@@ -46,6 +47,8 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
         config: YAML file in the format of anomalib's benchmark, see configs/benchmark.yaml.
         output: Folder for benchmark.csv, benchmark.md, benchmark.png and the runs.
     """
+    # A process that is told to end must not leave its run going on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         rows = benchmark(config, output)
     except KeyboardInterrupt:

@@ -16,7 +16,8 @@ logger = logging.getLogger(__name__)
 HELD_OUT_SHARE = 0.1
 HELD_OUT_MOST = 20
 
-_SPLITS_FROM_TEST = (ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST)
+#: Where validation images are test images.
+SPLITS_FROM_TEST = (ValSplitMode.SAME_AS_TEST, ValSplitMode.FROM_TEST)
 
 
 def held_out_indices(count: int, seed: int = 0) -> list[int]:
@@ -97,12 +98,12 @@ class NormalImages:
 
         mode = getattr(datamodule, "val_split_mode", None)
         has_validation = val_loader is not None and len(val_loader.dataset) > 0
-        if has_validation and mode not in _SPLITS_FROM_TEST:
+        if has_validation and mode not in SPLITS_FROM_TEST:
             held_out = evaluation(val_loader.dataset)
             return cls(training(dataset), evaluation(plain), held_out, thresholds=held_out)
 
         chosen = held_out_indices(len(dataset))
-        if mode in _SPLITS_FROM_TEST:
+        if mode in SPLITS_FROM_TEST:
             logger.warning(
                 "The validation images of %s are test images (val_split_mode=%s). They will not decide when "
                 "training stops: %d of the training images are held out for that. But they do set the thresholds; set "

@@ -37,15 +37,19 @@ def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> D
     if not isinstance(settings, dict) or not isinstance(settings.get("benchmark"), dict):
         msg = f"{config} has no part called 'benchmark' with 'model' and 'data': see configs/benchmark.yaml."
         raise ValueError(msg)
+    accelerator = settings.get("accelerator", "auto")
+    if not isinstance(accelerator, str):
+        msg = f"The accelerator of {config} is {accelerator}: a benchmark is measured on one, such as cpu or cuda."
+        raise ValueError(msg)
     output = Path(output)
-    generator = BenchmarkRuns(output, settings.get("accelerator", "auto"))
+    generator = BenchmarkRuns(output, accelerator)
     runs = list(generator(settings["benchmark"]))
-    devices = torch.cuda.device_count() if settings.get("accelerator") != "cpu" else 0
+    devices = torch.cuda.device_count() if accelerator != "cpu" else 0
     runner = ParallelRunner(generator, n_jobs=devices) if devices > 1 else SerialRunner(generator)
     try:
         runner.run(settings["benchmark"])
     finally:  # also when it was interrupted
         rows = DataFrame([run.row for run in runs if run.row is not None])
         if len(rows):
-            write_report(rows, settings, output)
+            write_report(rows, settings, output, missing=[str(run) for run in runs if run.row is None])
     return rows

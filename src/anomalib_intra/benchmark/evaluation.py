@@ -17,7 +17,7 @@ def unsaturated(scores: torch.Tensor) -> torch.Tensor:
     above 17 or so: Mahalanobis distances of defects would all be tied.
 
     Args:
-        scores (torch.Tensor): Finite float32 scores below 1e8 in magnitude.
+        scores (torch.Tensor): Float32 scores of magnitude 1e-8 to 1e8, or zero; beyond that, ties are possible.
 
     Returns:
         torch.Tensor: ``(1 + x / (1 + |x|)) / 2`` in float64.
@@ -35,6 +35,8 @@ class _Unsaturated:
         if not torch.isfinite(preds).all():
             msg = f"The model gave scores that are not finite, so {self.name} cannot be computed."
             raise ValueError(msg)
+        if preds.device.type == "mps":  # has no float64
+            preds, target = preds.cpu(), target.cpu()
         super().update(unsaturated(preds), target)
 
 

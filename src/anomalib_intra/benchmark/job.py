@@ -10,14 +10,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from anomalib.data import AnomalibDataModule
-from anomalib.models import AnomalibModule
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from pandas import DataFrame
 from rich import print as rich_print
 
-from anomalib_intra.benchmark.runs import MODEL_KEYS, measure, parse
+from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class
 
 _KEYS = {"seed", "model", "data", "image_size"}
 
@@ -76,7 +74,8 @@ class BenchmarkRun(Job):
         number = self.all.index(self) + 1
         rich_print(f"[bold]{self}[/bold] ({number} of {len(self.all)}){_time_left(self.all[number - 1 :])}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "row.json").unlink(missing_ok=True)
+        for name in ("row.json", "error.txt"):
+            (self.folder / name).unlink(missing_ok=True)
         process = multiprocessing.get_context("spawn").Process(target=self._measure, args=(task_id,))
         process.start()
         try:
@@ -84,7 +83,8 @@ class BenchmarkRun(Job):
         finally:
             process.kill()
         if self.row is None:
-            self._store({}, f"the process ended with exit code {process.exitcode} (-9: out of memory, or killed)")
+            code = f"the process ended with exit code {process.exitcode}"
+            self._store({}, f"{code} (-9: out of memory, or killed; 1 at once: a script without a __main__ guard)")
         row = self.row
         rich_print(f"[bold]{self}[/bold]: " + (f"[red]{row['error']}[/red]" if row["error"] else _summary(row)))
         return row
@@ -98,8 +98,8 @@ class BenchmarkRun(Job):
             row = measure(self.config, self.folder, self.accelerator, "auto" if task_id is None else [task_id])
             self._store(row, "")
         except Exception as error:
-            (self.folder / "error.txt").write_text(traceback.format_exc())
             self._store({}, " ".join(f"{type(error).__name__}: {error}".split()))
+            (self.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
     def _store(self, measured: dict[str, Any], error: str) -> None:
         pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
@@ -151,40 +151,54 @@ class BenchmarkRuns(JobGenerator):
             BenchmarkRun: The runs, in the order of the config.
 
         Raises:
-            ValueError: If an entry is wrong, or two runs have the same name.
+            ValueError: If an entry is wrong, there is none, or two runs have the same name.
         """
         del prev_stage_result
-        runs = [
-            BenchmarkRun({"seed": 42, "image_size": [256, 256], **config}, self.output, self.accelerator)
-            for config in get_iterator_from_grid_dict(args or {})
+        configs = [
+            {"seed": 42, "image_size": [256, 256], **config} for config in get_iterator_from_grid_dict(args or {})
         ]
-        for run in runs:
-            _check(run)
+        if not configs:
+            raise ValueError("The benchmark has no runs: one of its 'grid' lists is empty.")
+        for config in configs:
+            _check(config)
+        runs = [BenchmarkRun(config, self.output, self.accelerator) for config in configs]
+        # Some disks do not tell upper case from lower.
+        folders = [str(run.folder).casefold() for run in runs]
+        for run, folder in zip(runs, folders, strict=True):
             run.all = runs
-        folders = [run.folder for run in runs]
-        twice = next((run for run in runs if folders.count(run.folder) > 1), None)
-        if twice is not None:
-            msg = f"The benchmark has two runs called '{twice}': give its models different names."
-            raise ValueError(msg)
+            if folders.count(folder) > 1:
+                msg = (
+                    f"The benchmark has two runs called '{run}': give its models different names; a 'grid' can be over "
+                    "whole model entries, categories and seeds."
+                )
+                raise ValueError(msg)
         yield from runs
 
 
-def _check(run: BenchmarkRun) -> None:
-    unknown = (set(run.config) - _KEYS) | (set(run.config["model"]) - MODEL_KEYS)
-    if unknown or not {"model", "data"} <= set(run.config):
+def _check(config: dict[str, Any]) -> None:
+    entry = config.get("model")
+    if not isinstance(entry, dict) or "class_path" not in entry or not isinstance(config.get("data"), dict):
+        raise ValueError("A benchmark needs 'model' and 'data', each with a class_path: see configs/benchmark.yaml.")
+    unknown = (set(config) - _KEYS) | (set(entry) - MODEL_KEYS)
+    if unknown:
         msg = (
             f"A benchmark has {', '.join(sorted(_KEYS))}, and a model {', '.join(sorted(MODEL_KEYS))}; this one has "
-            f"{', '.join(sorted(unknown)) or 'no model or no data'}."
+            f"{', '.join(sorted(unknown))}."
         )
         raise ValueError(msg)
-    parse(AnomalibDataModule, run.config["data"])
-    parse(AnomalibModule, run.config["model"])
+    size = config["image_size"]
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"The benchmark's image_size is {size}: give height and width in pixels, such as [256, 256].")
+    if set(str(entry.get("name", ""))) & set('<>:"/\\|?*'):
+        raise ValueError(f"The model's name {entry['name']!r} cannot be a folder's: take the special characters out.")
+    build_datamodule(config["data"], config["seed"])
+    model_class(entry)
 
 
 def _pretrained(entry: dict[str, Any]) -> str:
     if "backbone_weights" in entry:
         return f"features of {Path(entry['backbone_weights']).name}"
-    model, _ = parse(AnomalibModule, entry)
+    model = model_class(entry)
     if model.__module__.startswith(f"{__package__.split('.')[0]}."):
         return "nothing"
     asks = signature(model).parameters.get("pre_trained")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark's results as a table (CSV), a page (Markdown) and a bar chart (PNG)."""
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,13 +30,14 @@ _COSTS = {
 }
 
 
-def write_report(rows: DataFrame, config: dict[str, Any], output: Path) -> Path:
+def write_report(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
     """Write ``benchmark.csv``, ``benchmark.png`` and ``benchmark.md``.
 
     Args:
         rows (DataFrame): Rows of runs, failed ones among them.
         config (dict): The config of the benchmark, which the page repeats; ``notes`` is text for its beginning.
         output (Path): Folder.
+        missing (Sequence[str]): Runs of the config that have no row yet.
 
     Returns:
         Path: The page.
@@ -52,6 +54,9 @@ def write_report(rows: DataFrame, config: dict[str, Any], output: Path) -> Path:
     if len(failed):
         listing = failed[["model", "category", "seed", "error"]].to_markdown(index=False)
         sections.append("## Failed runs\n\nThey are tried again when the command is run again.\n\n" + listing)
+    if missing:
+        listing = "\n".join(f"- {run}" for run in missing)
+        sections.append("## Missing runs\n\nThe command goes on with them when it is run again.\n\n" + listing)
     config = {key: value for key, value in config.items() if key != "notes"}
     sections.append("## Config\n\n```yaml\n" + yaml.safe_dump(config, sort_keys=False, width=120) + "```")
     page = output / "benchmark.md"

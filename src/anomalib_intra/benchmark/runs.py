@@ -20,6 +20,7 @@ from jsonargparse import ArgumentParser
 from lightning import seed_everything
 
 from anomalib_intra.benchmark.evaluation import METRICS, evaluator
+from anomalib_intra.normal_images import SPLITS_FROM_TEST
 
 #: Keys of a model's entry beside those of every anomalib config.
 MODEL_KEYS = {"class_path", "init_args", "name", "trainer", "backbone_weights", "pretrained"}
@@ -50,6 +51,39 @@ def parse(kind: type, entry: dict[str, Any]) -> tuple[type, Callable[[], Any]]:
     return getattr(import_module(module), name), lambda: parser.instantiate_classes(parsed).it
 
 
+def model_class(entry: dict[str, Any]) -> type[AnomalibModule]:
+    """Check a model's entry.
+
+    Args:
+        entry (dict): As for :func:`build_model`.
+
+    Returns:
+        type: Its class.
+
+    Raises:
+        ValueError: If the class or one of its arguments does not exist, or the model would get images of its own.
+
+    Example:
+        >>> model_class({"class_path": "anomalib.models.Padim"}).__name__
+        'Padim'
+    """
+    for name in ("image_size", "pre_processor"):
+        if name in entry.get("init_args", {}):
+            msg = (
+                f"The benchmark's entry {entry['class_path']} has its own {name}, but all models get the same images: "
+                "take it out, and set the benchmark's image_size."
+            )
+            raise ValueError(msg)
+    return parse(AnomalibModule, entry)[0]
+
+
+def _instantiate(kind: type, arguments: dict[str, Any], **objects: Any) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, "it", instantiate=False, skip=set(objects))
+    parsed = parser.instantiate_classes(parser.parse_object({"it": arguments}))
+    return kind(**parsed.it.as_dict(), **objects)
+
+
 def build_model(entry: dict[str, Any], image_size: tuple[int, int]) -> AnomalibModule:
     """Build a model as all models of a benchmark are built: one image size, raw scores, the same metrics.
 
@@ -69,17 +103,15 @@ def build_model(entry: dict[str, Any], image_size: tuple[int, int]) -> AnomalibM
         >>> build_model(entry, (64, 64)).post_processor.enable_normalization
         False
     """
+    kind = model_class(entry)
     arguments = dict(entry.get("init_args", {}))
     weights = entry.get("backbone_weights")
     if weights is not None:
         arguments["pre_trained"] = False
-    takes_size = "image_size" in signature(parse(AnomalibModule, entry)[0]).parameters
-    if takes_size:
-        arguments.setdefault("image_size", list(image_size))
-    _, build = parse(AnomalibModule, {**entry, "init_args": arguments})
-    model = build()
-    if not takes_size and "pre_processor" not in arguments:
-        model.pre_processor = model.configure_pre_processor(image_size)
+    if "image_size" in signature(kind).parameters:
+        arguments["image_size"] = list(image_size)
+    # Several models ask their pre-processor for the size while they are built.
+    model = _instantiate(kind, arguments, pre_processor=kind.configure_pre_processor(image_size))
     model.evaluator = evaluator()
     model.visualizer = None
     if model.post_processor is not None:
@@ -101,17 +133,25 @@ def build_datamodule(entry: dict[str, Any], seed: int) -> AnomalibDataModule:
         AnomalibDataModule: The datamodule.
 
     Raises:
-        ValueError: If the entry is wrong.
+        ValueError: If the entry is wrong, or its validation images are test images.
 
     Example:
-        >>> build_datamodule({"class_path": "anomalib.data.MVTecAD"}, seed=7).seed
+        >>> entry = {"class_path": "anomalib.data.MVTecAD", "init_args": {"val_split_mode": "from_train"}}
+        >>> build_datamodule(entry, seed=7).seed
         7
     """
     arguments = dict(entry.get("init_args", {}))
     asks = signature(parse(AnomalibDataModule, entry)[0]).parameters.get("seed")
     if asks is not None and asks.default is None:
         arguments.setdefault("seed", seed)
-    return parse(AnomalibDataModule, {**entry, "init_args": arguments})[1]()
+    datamodule = parse(AnomalibDataModule, {**entry, "init_args": arguments})[1]()
+    if getattr(datamodule, "val_split_mode", None) in SPLITS_FROM_TEST:
+        msg = (
+            f"The validation images of {entry['class_path']} are test images, which some models would learn from and "
+            "others not: set val_split_mode to from_train, or use anomalib_intra.MVTec."
+        )
+        raise ValueError(msg)
+    return datamodule
 
 
 def _load_backbone(model: AnomalibModule, path: Path) -> None:
@@ -147,8 +187,9 @@ def measure(
 
     Returns:
         dict: The metrics in 0 .. 1 (None where the model gives no map), ``fit_s``, ``test_s``, ``ms_per_image`` (one
-        resized image at a time, from pixels to score and map), ``peak_memory_mib`` (of the process or, on CUDA, of the
-        device), ``parameters``, ``epochs``, ``steps`` and ``device``, the name of card or processor.
+        resized image at a time, from pixels to score and map), ``peak_memory_mib`` (of the process without
+        workers or, on CUDA, of the device), ``parameters``, ``epochs``, ``steps`` and ``device`` (the name of card or
+        processor).
     """
     seed_everything(config["seed"], workers=True)
     model = build_model(config["model"], tuple(config["image_size"]))
@@ -195,6 +236,10 @@ def _ms_per_image(model: AnomalibModule, datamodule: AnomalibDataModule, engine:
 def _peak_memory_mib(device: torch.device) -> float | None:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux; there, getrusage begins with the peak of the parent process
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) / 2**10
     try:
         import resource  # not on Windows
     except ImportError:

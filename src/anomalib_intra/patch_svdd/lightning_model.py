@@ -110,8 +110,9 @@ class PatchSVDD(DrawnModule):
         )
 
     def on_fit_start(self) -> None:
-        """Compute the mean training image, which is subtracted from all images."""
+        """Forget the memory bank, and compute the mean training image, which is subtracted from all images."""
         super().on_fit_start()
+        self.model.empty_memory_bank()
         self.model.mean_image.copy_(self.mean_training_image(self._images))
 
     def training_step(self, batch: PairBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -96,7 +96,7 @@ def draw_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Gene
         generator (torch.Generator): Source of randomness, on the CPU.
 
     Returns:
-        PairBatch: All ``P * pairs_per_image`` draws.
+        PairBatch: On the images' device, all ``P * pairs_per_image`` draws.
 
     Raises:
         ValueError: If the images are too small for two big patches side by side.
@@ -126,7 +126,7 @@ def draw_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Gene
             f"{level}_near_position": _draw_positions(near_offset, size, patch_size, generator),
             f"{level}_near_offset": near_offset,
         }
-    return PairBatch(image=images, **draws)
+    return PairBatch(image=images, **{name: value.to(images.device) for name, value in draws.items()})
 
 
 def _draw_neighbours(count: int, patch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,6 +135,10 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
         self.register_buffer("bank_small", torch.empty(0, FEATURE_DIM))
         self.register_buffer("bank_big", torch.empty(0, FEATURE_DIM))
 
+    def empty_memory_bank(self) -> None:
+        """Forget the features of the training images: they belong to weights that are about to change."""
+        self.bank_small, self.bank_big = self.mean_image.new_empty(2, 0, FEATURE_DIM)
+
     # ---- patches -----------------------------------------------------------------------------------------------------
 
     def encode_patches(self, patches: torch.Tensor) -> torch.Tensor:
@@ -188,7 +192,7 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
     # ---- images ------------------------------------------------------------------------------------------------------
 
     def encode(self, images: torch.Tensor) -> Features:
-        """Encode all patches of images, each layer once over the whole image.
+        """Encode all patches of images in float32, each layer once over the whole image.
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
@@ -209,9 +213,11 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
             raise ValueError(msg)
         if not torch.compiler.is_compiling():
             check_range(images)
-        small = self.small_encoder(images - self.mean_image)
         stride, dilation = BIG_STRIDE // SMALL_STRIDE, SMALL_PATCH // SMALL_STRIDE
-        return Features(small, self.big_head(small, stride, dilation))
+        # Rounded to bf16, equal patches would be as far apart as similar ones; and the search takes longer than this.
+        with torch.autocast(images.device.type, enabled=False):
+            small = self.small_encoder(images - self.mean_image)
+            return Features(small, self.big_head(small, stride, dilation))
 
     @property
     def has_memory_bank(self) -> bool:
