@@ -111,12 +111,22 @@ def test_every_model_gets_the_same_split() -> None:
 def test_validation_on_test_images_is_refused() -> None:
     with pytest.raises(ValueError, match="set val_split_mode to from_train"):
         build_datamodule({"class_path": "anomalib.data.MVTecAD"}, seed=3)
+    with pytest.raises(ValueError, match="set val_split_mode to from_train"):
+        build_datamodule({"class_path": "anomalib.data.MVTecAD", "init_args": {"val_split_mode": "none"}}, seed=3)
 
 
-@pytest.mark.parametrize("own", [{"image_size": [32, 32]}, {"pre_processor": False}])
+@pytest.mark.parametrize("own", [{"image_size": [32, 32]}, {"pre_processor": False}, {"post_processor": False}])
 def test_a_model_with_images_of_its_own_is_refused(own: dict) -> None:
     with pytest.raises(ValueError, match=f"has its own {next(iter(own))}"):
         build_model({"class_path": "anomalib_intra.InTra", "init_args": own}, (64, 64))
+
+
+def test_a_model_of_one_size_only_is_refused(monkeypatch) -> None:
+    one_size = Padim.configure_pre_processor((240, 240))
+    monkeypatch.setattr(Padim, "configure_pre_processor", staticmethod(lambda image_size=None: one_size))
+    entry = {**PADIM, "init_args": {**PADIM["init_args"], "pre_trained": False}}
+    with pytest.raises(ValueError, match="240 x 240 pixels only: leave it out"):
+        build_model(entry, (64, 64))
 
 
 def test_models_are_built_for_the_size_of_their_images() -> None:
@@ -151,12 +161,29 @@ def test_runs_are_all_combinations(tmp_path: Path) -> None:
     assert len({run.folder for run in runs}) == 8
 
 
+@pytest.mark.parametrize(
+    ("class_path", "arguments", "name"),
+    [
+        ("anomalib_intra.MVTec", {}, "bottle"),
+        ("anomalib.data.MVTecAD", {"category": "screw"}, "screw"),
+        ("anomalib.data.Visa", {"category": "pcb1"}, "Visa pcb1"),
+        ("anomalib.data.Folder", {"name": "mine", "normal_dir": "good"}, "Folder"),
+    ],
+)
+def test_only_mvtec_ad_bears_bare_category_names(class_path: str, arguments: dict, name: str, tmp_path: Path) -> None:
+    data = {"class_path": class_path, "init_args": {**arguments, "val_split_mode": "from_train"}}
+    if class_path == "anomalib_intra.MVTec":
+        del data["init_args"]["val_split_mode"]
+    (run,) = runs_of(tmp_path, data=data)
+    assert run.category == name
+
+
 def test_unknown_keys_and_equal_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="epochs"):
         runs_of(tmp_path, epochs=3)
     with pytest.raises(ValueError, match="wheights"):
         runs_of(tmp_path, model={"grid": [{**PADIM, "wheights": "x"}]})
-    with pytest.raises(ValueError, match="different names"):
+    with pytest.raises(ValueError, match="a name of its own"):
         runs_of(tmp_path, model={"grid": [PADIM, PADIM]})
 
 
@@ -169,6 +196,7 @@ def test_unknown_keys_and_equal_names_are_refused(tmp_path: Path) -> None:
         ({"image_size": 256}, "image_size is 256"),
         ({"model": {**PADIM, "name": "a/b"}}, "special characters"),
         ({"seed": {"grid": []}}, "grid' lists is empty"),
+        ({"model": {**PADIM, "trainer": {"devices": 2}}}, "sets devices"),
         (
             {"model": {"class_path": "anomalib_intra.InTra", "init_args": {"image_size": [32, 32]}}},
             "its own image_size",
@@ -245,6 +273,24 @@ def test_a_process_that_dies_leaves_a_row(tmp_path: Path, monkeypatch) -> None:
     (run, _) = runs_of(tmp_path)
     assert "-9" in run.run()["error"]
     assert not run.is_done
+
+
+def test_text_in_brackets_is_printed_as_it_is(tmp_path: Path, monkeypatch, capsys) -> None:
+    class Fails:
+        exitcode = 0
+
+        def __init__(self, target: object, **kwargs: object) -> None:
+            self.run = target.__self__
+
+        def start(self) -> None:
+            finished(self.run, error="ValueError: [/tmp/x] is not in [cpu, cuda]")
+
+        join = kill = lambda self: None
+
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Fails)
+    (run, _) = runs_of(tmp_path)
+    run.run()
+    assert "[/tmp/x] is not in [cpu, cuda]" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_damaged_row_counts_as_missing(tmp_path: Path) -> None:

@@ -197,8 +197,8 @@ def test_wrong_components_are_refused() -> None:
         tiny_patch_svdd(pre_processor=PreProcessor(Compose([Resize((128, 128)), Normalize([0.5], [0.5])])))
     with pytest.raises(TypeError, match="UnsaturatedPostProcessor"):
         tiny_patch_svdd(post_processor=PostProcessor())
-    with pytest.raises(ValueError, match="at least 64"):
-        PatchSVDD(image_size=(32, 256))
+    with pytest.raises(ValueError, match="at least 128"):
+        PatchSVDD(image_size=(64, 256))
 
 
 def test_images_of_another_size_are_refused(trained) -> None:

@@ -22,7 +22,7 @@ def main() -> None:
     """Run one of our own commands, or hand all arguments over to anomalib's command line.
 
     Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
-    which accepts no model from outside anomalib; it reads the same configs.
+    which accepts no model from outside anomalib; its configs have the same layout.
     """
     own = {"benchmark": _benchmark, "yardsticks": _print_yardsticks}
     if len(sys.argv) > 1 and sys.argv[1] in own:

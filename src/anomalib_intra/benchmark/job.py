@@ -10,12 +10,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.pipelines.components import Job, JobGenerator
 from anomalib.pipelines.components.utils import get_iterator_from_grid_dict
 from pandas import DataFrame
 from rich import print as rich_print
+from rich.markup import escape
 
-from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class
+from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class, parse
 
 _KEYS = {"seed", "model", "data", "image_size"}
 
@@ -25,7 +27,7 @@ class BenchmarkRun(Job):
 
     The process makes the peak memory that of this run alone, and a run that crashes leaves the others in peace. The
     result is one row, kept as ``row.json`` in the run's folder; a run whose row is there is not run again, unless its
-    settings have changed or it failed.
+    settings have changed or it failed. Nobody sees whether the code behind it has changed: delete the folder then.
 
     Args:
         config (dict): ``model``, ``data``, ``seed`` and ``image_size`` of the run.
@@ -40,7 +42,7 @@ class BenchmarkRun(Job):
         self.accelerator = accelerator
         entry = self.config["model"]
         self.model = entry.get("name") or entry["class_path"].rsplit(".", 1)[-1]
-        self.category = str(self.config["data"].get("init_args", {}).get("category", "all"))
+        self.category = _category(self.config["data"])
         self.seed = self.config["seed"]
         self.folder = output / self.model / self.category / f"seed{self.seed}"
         self.all = [self]
@@ -69,10 +71,12 @@ class BenchmarkRun(Job):
             dict: The row; ``error`` is empty if all went well.
         """
         if self.is_done:
-            rich_print(f"[dim]{self}: done before, {_summary(self.row)}[/dim]")
+            rich_print(f"[dim]{escape(str(self))}: done before, {_summary(self.row)}[/dim]")
             return self.row
         number = self.all.index(self) + 1
-        rich_print(f"[bold]{self}[/bold] ({number} of {len(self.all)}){_time_left(self.all[number - 1 :])}")
+        rich_print(
+            f"[bold]{escape(str(self))}[/bold] ({number} of {len(self.all)}){_time_left(self.all[number - 1 :])}"
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("row.json", "error.txt"):
             (self.folder / name).unlink(missing_ok=True)
@@ -86,7 +90,8 @@ class BenchmarkRun(Job):
             code = f"the process ended with exit code {process.exitcode}"
             self._store({}, f"{code} (-9: out of memory, or killed; 1 at once: a script without a __main__ guard)")
         row = self.row
-        rich_print(f"[bold]{self}[/bold]: " + (f"[red]{row['error']}[/red]" if row["error"] else _summary(row)))
+        outcome = f"[red]{escape(row['error'])}[/red]" if row["error"] else _summary(row)
+        rich_print(f"[bold]{escape(str(self))}[/bold]: {outcome}")
         return row
 
     def __str__(self) -> str:
@@ -168,8 +173,8 @@ class BenchmarkRuns(JobGenerator):
             run.all = runs
             if folders.count(folder) > 1:
                 msg = (
-                    f"The benchmark has two runs called '{run}': give its models different names; a 'grid' can be over "
-                    "whole model entries, categories and seeds."
+                    f"The benchmark has two runs called '{run}': a 'grid' can be over whole model entries, each with a "
+                    "name of its own, categories and seeds; other data needs another benchmark and output folder."
                 )
                 raise ValueError(msg)
         yield from runs
@@ -189,10 +194,25 @@ def _check(config: dict[str, Any]) -> None:
     size = config["image_size"]
     if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
         raise ValueError(f"The benchmark's image_size is {size}: give height and width in pixels, such as [256, 256].")
+    fixed = {"accelerator", "devices", "strategy", "num_nodes"} & set(entry.get("trainer", {}))
+    if fixed:
+        msg = (
+            f"The trainer of {entry['class_path']} sets {', '.join(sorted(fixed))}, but all models run on the same "
+            "device: set the accelerator of the whole benchmark."
+        )
+        raise ValueError(msg)
     if set(str(entry.get("name", ""))) & set('<>:"/\\|?*'):
         raise ValueError(f"The model's name {entry['name']!r} cannot be a folder's: take the special characters out.")
     build_datamodule(config["data"], config["seed"])
     model_class(entry)
+
+
+def _category(entry: dict[str, Any]) -> str:
+    """Name the data; names alone stand for MVTec AD, for which there are published figures."""
+    kind, _ = parse(AnomalibDataModule, entry)
+    asks = signature(kind).parameters.get("category")
+    category = entry.get("init_args", {}).get("category", asks.default if asks else "")
+    return str(category) if issubclass(kind, MVTecAD) else f"{kind.__name__} {category}".strip()
 
 
 def _pretrained(entry: dict[str, Any]) -> str:

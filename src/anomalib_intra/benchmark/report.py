@@ -28,6 +28,11 @@ _COSTS = {
     "ms_per_image": "ms per image",
     "peak_memory_mib": "peak memory (MiB)",
 }
+_COST_HEADING = (
+    "## Cost\n\nMean over the runs of a model. Milliseconds are at the run's own precision, from a resized image to "
+    "score and map. Peak memory is that of the whole run, computing the metrics included. Yardsticks have no training; "
+    "their means are computed in the test.\n\n"
+)
 
 
 def write_report(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
@@ -50,7 +55,7 @@ def write_report(rows: DataFrame, config: dict[str, Any], output: Path, missing:
         chart(done).savefig(output / "benchmark.png", dpi=120)
         sections.append("![Image and pixel AUROC of every model and category](benchmark.png)")
         sections += [_section(done, metric) for metric in METRICS if done[metric].notna().any()]
-        sections.append("## Cost\n\nMean over the runs of a model.\n\n" + _markdown(_costs(done), digits=1))
+        sections.append(_COST_HEADING + _markdown(_costs(done), digits=1))
     if len(failed):
         listing = failed[["model", "category", "seed", "error"]].to_markdown(index=False)
         sections.append("## Failed runs\n\nThey are tried again when the command is run again.\n\n" + listing)

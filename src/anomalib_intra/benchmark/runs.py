@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule
+from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from anomalib.models.components import TimmFeatureExtractor
@@ -67,11 +68,11 @@ def model_class(entry: dict[str, Any]) -> type[AnomalibModule]:
         >>> model_class({"class_path": "anomalib.models.Padim"}).__name__
         'Padim'
     """
-    for name in ("image_size", "pre_processor"):
+    for name in ("image_size", "pre_processor", "post_processor"):
         if name in entry.get("init_args", {}):
             msg = (
-                f"The benchmark's entry {entry['class_path']} has its own {name}, but all models get the same images: "
-                "take it out, and set the benchmark's image_size."
+                f"The benchmark's entry {entry['class_path']} has its own {name}, but all models get images of the "
+                "same size and give raw scores: take it out, and set the benchmark's image_size."
             )
             raise ValueError(msg)
     return parse(AnomalibModule, entry)[0]
@@ -112,6 +113,13 @@ def build_model(entry: dict[str, Any], image_size: tuple[int, int]) -> AnomalibM
         arguments["image_size"] = list(image_size)
     # Several models ask their pre-processor for the size while they are built.
     model = _instantiate(kind, arguments, pre_processor=kind.configure_pre_processor(image_size))
+    size = tuple(model.pre_processor.transform(torch.zeros(1, 3, 8, 8)).shape[-2:])
+    if size != tuple(image_size):
+        msg = (
+            f"{model.name} takes images of {size[0]} x {size[1]} pixels only: leave it out, or set the benchmark's "
+            "image_size to that."
+        )
+        raise ValueError(msg)
     model.evaluator = evaluator()
     model.visualizer = None
     if model.post_processor is not None:
@@ -133,7 +141,7 @@ def build_datamodule(entry: dict[str, Any], seed: int) -> AnomalibDataModule:
         AnomalibDataModule: The datamodule.
 
     Raises:
-        ValueError: If the entry is wrong, or its validation images are test images.
+        ValueError: If the entry is wrong, or there are no validation images but test images.
 
     Example:
         >>> entry = {"class_path": "anomalib.data.MVTecAD", "init_args": {"val_split_mode": "from_train"}}
@@ -145,10 +153,10 @@ def build_datamodule(entry: dict[str, Any], seed: int) -> AnomalibDataModule:
     if asks is not None and asks.default is None:
         arguments.setdefault("seed", seed)
     datamodule = parse(AnomalibDataModule, {**entry, "init_args": arguments})[1]()
-    if getattr(datamodule, "val_split_mode", None) in SPLITS_FROM_TEST:
+    if getattr(datamodule, "val_split_mode", None) in (*SPLITS_FROM_TEST, ValSplitMode.NONE):
         msg = (
-            f"The validation images of {entry['class_path']} are test images, which some models would learn from and "
-            "others not: set val_split_mode to from_train, or use anomalib_intra.MVTec."
+            f"{entry['class_path']} validates on test images or on none, so some models would hold out training images "
+            "and others not: set val_split_mode to from_train, or use anomalib_intra.MVTec."
         )
         raise ValueError(msg)
     return datamodule

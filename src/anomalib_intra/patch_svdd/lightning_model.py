@@ -22,7 +22,7 @@ from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
-from anomalib_intra.patch_svdd.pairs import PairBatch, cut_pairs, draw_pairs
+from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
 
 
@@ -72,6 +72,7 @@ class PatchSVDD(DrawnModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_trainable(image_size)
         super().__init__(
             (image_size[0], image_size[1]),
             pre_processor,
@@ -153,7 +154,8 @@ class PatchSVDD(DrawnModule):
         if normal.any():
             images = torch.as_tensor(batch.image[normal])
             draws = draw_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(batch_idx))
-            self.log("val_loss", self._loss_of(draws, noise=0.0).total, prog_bar=True, batch_size=len(draws))
+            loss = self._loss_of(draws, noise=0.0).total
+            self.log("val_loss", loss, prog_bar=True, batch_size=len(draws), sync_dist=True)
         return batch
 
     def _loss_of(self, draws: PairBatch, **noise: float) -> LossTerms:

@@ -87,6 +87,26 @@ class PairBatch:
         return len(self.index)
 
 
+def check_trainable(size: tuple[int, int]) -> None:
+    """Refuse images that do not hold two big patches side by side.
+
+    Args:
+        size (tuple[int, int]): Height and width in pixels.
+
+    Raises:
+        ValueError: If they are too small.
+
+    Example:
+        >>> check_trainable((128, 256))
+    """
+    if min(size) < 2 * BIG_PATCH:
+        msg = (
+            f"Images of {size[0]} x {size[1]} pixels are too small to train on: height and width must be at least "
+            f"{2 * BIG_PATCH}, to hold two patches of {BIG_PATCH} x {BIG_PATCH} side by side."
+        )
+        raise ValueError(msg)
+
+
 def draw_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Generator) -> PairBatch:
     """Draw random patch pairs of both levels and both tasks from every image, in random order.
 
@@ -107,12 +127,7 @@ def draw_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Gene
         (10, True)
     """
     size = tuple(images.shape[-2:])
-    if min(size) < 2 * BIG_PATCH:
-        msg = (
-            f"Images of {size[0]} x {size[1]} pixels are too small to train on: height and width must be at least "
-            f"{2 * BIG_PATCH}, to hold two patches of {BIG_PATCH} x {BIG_PATCH} side by side."
-        )
-        raise ValueError(msg)
+    check_trainable(size)
     count = len(images) * pairs_per_image
     order = torch.randperm(count, generator=generator)
     draws = {"index": order % len(images)}
