@@ -5,7 +5,7 @@ import torch
 from einops import rearrange
 from timm.layers import Mlp
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 class MultiheadSelfAttention(nn.Module):
@@ -40,12 +40,27 @@ class MultiheadSelfAttention(nn.Module):
         Returns:
             torch.Tensor: Sequence of shape ``(B, L * L, D)``.
         """
-        q, k, v = (
-            rearrange(project(y), "b l (h d) -> b h l d", h=self.num_heads)
-            for project in (self.query, self.key, self.value)
-        )
-        # softmax(q k^T / sqrt(dimension of a head's q)) v: eq. 7 and 8, with D'' in place of D' for MFSA.
-        z = scaled_dot_product_attention(q, k, v)
+        return self.attend(self.query(y), self.key(y), self.value(y))
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attend with queries, keys and values of all heads side by side (eq. 7-9).
+
+        Args:
+            q (torch.Tensor): Queries of shape ``(B, P, F)``; P = L * L in self-attention.
+            k (torch.Tensor): Keys of shape ``(B, L * L, F)``.
+            v (torch.Tensor): Values of shape ``(B, L * L, D)``.
+
+        Returns:
+            torch.Tensor: Sequence of shape ``(B, P, D)``.
+        """
+        q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=self.num_heads) for x in (q, k, v))
+        # softmax(q k^T / sqrt(dimension of a head's q)) v: eq. 7 and 8, with D'' in place of D' for MFSA. The fast
+        # kernels want one dimension for all three; zeros change no dot product.
+        scale = q.shape[-1] ** -0.5
+        missing = v.shape[-1] - q.shape[-1]
+        if missing > 0:
+            q, k = pad(q, (0, missing)), pad(k, (0, missing))
+        z = scaled_dot_product_attention(q, k, v, scale=scale)
         return self.unify(rearrange(z, "b h l d -> b l (h d)"))
 
 

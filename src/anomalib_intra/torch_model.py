@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inpainting transformer (sec. 3.1-3.3, eq. 3-5) and the reconstruction of whole images (sec. 3.5): pure torch."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from einops import rearrange, repeat
@@ -25,6 +26,10 @@ class Reconstruction(NamedTuple):
     reconstruction: torch.Tensor
 
 
+#: Tokens and their queries, keys and values.
+Projected: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block: attention, then an MLP D -> 4D -> D, each with a residual connection (sec. 3.3).
 
@@ -40,10 +45,38 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, 4 * embed_dim)
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """Map a sequence of shape ``(B, L * L, D)`` to one of the same shape."""
-        y = y + self.attention(self.norm1(y))
-        return y + self.mlp(self.norm2(y))
+    def forward(self, y: torch.Tensor, only: torch.Tensor | None = None) -> torch.Tensor:
+        """Map a sequence to the next one.
+
+        Args:
+            y (torch.Tensor): Sequence of shape ``(B, L * L, D)``.
+            only (torch.Tensor | None): Place in the sequence, 0-based, shape ``(B,)``, if no other output is wanted.
+
+        Returns:
+            torch.Tensor: Sequence of shape ``(B, L * L, D)``, or ``(B, 1, D)`` with ``only``.
+        """
+        x = _as_cast(self.norm1(y))
+        k, v = self.attention.key(x), self.attention.value(x)
+        if only is not None:
+            y, x = _at(y, only), _at(x, only)
+        return self.finish(y, self.attention.query(x), k, v)
+
+    def project(self, y: torch.Tensor) -> Projected:
+        """Do the part of the block that looks at each token alone; :meth:`finish` does the rest.
+
+        Args:
+            y (torch.Tensor): Tokens of shape ``(..., D)``.
+
+        Returns:
+            Projected: The tokens and their queries, keys and values.
+        """
+        x = _as_cast(self.norm1(y))
+        return y, self.attention.query(x), self.attention.key(x), self.attention.value(x)
+
+    def finish(self, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Attend from tokens y with queries q to keys k and values v, then go through the MLP."""
+        y = y + self.attention.attend(q, k, v)
+        return y + self.mlp(_as_cast(self.norm2(y)))
 
 
 class InpaintingTransformer(nn.Module):
@@ -147,22 +180,39 @@ class InpaintingTransformer(nn.Module):
         """
         images = self._as_colour(images)
         self._check(images)
-        # The projection of a patch is the same in every window, so it is done once per image (eq. 3).
+        exporting = torch.compiler.is_compiling()
+        if len(images) > window_batch_size and not exporting:
+            return torch.cat([self.reconstruct(part, window_batch_size) for part in images.split(window_batch_size)])
+
+        # The projection of a patch is the same in every window, so it is done once per image (eq. 3). Global positions
+        # make a whole token the same in every window, and so its queries, keys and values in the first block.
         tokens = self.patch_embedding(patchify(images, self.patch_size))
         batch, rows, columns, _ = tokens.shape
+        shared = self.position == "global"
+        if shared:
+            position = rearrange(self.position_embedding, "(n m) d -> n m d", m=columns)
+            seen = self.blocks[0].project(tokens + position)
+            hidden = self.blocks[0].project(self.inpaint_embedding + position)
 
-        position = torch.arange(rows * columns, device=images.device)
-        t, u = position // columns + 1, position % columns + 1
+        index = torch.arange(rows * columns, device=images.device)
+        t, u = index // columns + 1, index % columns + 1
         r = centred_origin(t, rows, self.window_size)
         s = centred_origin(u, columns, self.window_size)
 
         # An exported graph must not depend on the batch size.
-        at_once = window_batch_size if torch.compiler.is_compiling() else max(1, window_batch_size // batch)
+        at_once = window_batch_size if exporting else window_batch_size // batch
         patches = []
         for t_, u_, r_, s_ in zip(*(x.split(at_once) for x in (t, u, r, s)), strict=True):
-            windows = rearrange(cut_windows(tokens, r_, s_, self.window_size), "b p i j d -> (b p) i j d")
-            where = (repeat(x, "p -> (b p)", b=batch) for x in (r_, s_, t_, u_))
-            patches.append(rearrange(self._inpaint(windows, *where), "(b p) d -> b p d", b=batch))
+            place = self._place(r_, s_, t_, u_)
+            if shared:
+                parts = zip(seen, hidden, strict=True)
+                inputs = [self._hide(self._cut(x, r_, s_), z[t_ - 1, u_ - 1], place) for x, z in parts]
+            else:
+                windows = self._embed(self._cut(tokens, r_, s_), r_, s_, place)
+                inputs = self.blocks[0].project(windows)
+            inputs = [rearrange(x, "b p l d -> (b p) l d") for x in inputs]
+            inpainted = self._inpaint(inputs, repeat(place, "p -> (b p)", b=batch))
+            patches.append(rearrange(inpainted, "(b p) d -> b p d", b=batch))
         grid = rearrange(torch.cat(patches, dim=1), "b (n m) d -> b n m d", n=rows, m=columns)
         return unpatchify(grid, self.patch_size)
 
@@ -181,36 +231,53 @@ class InpaintingTransformer(nn.Module):
         Returns:
             torch.Tensor: Inpainted patches, flattened, shape ``(B, K * K * 3)``.
         """
-        return self._inpaint(self.patch_embedding(windows), r, s, t, u)
+        place = self._place(r, s, t, u)
+        tokens = rearrange(self.patch_embedding(windows), "b i j d -> b (i j) d")
+        return self._inpaint(self.blocks[0].project(self._embed(tokens, r, s, place)), place)
 
-    def _inpaint(
-        self, tokens: torch.Tensor, r: torch.Tensor, s: torch.Tensor, t: torch.Tensor, u: torch.Tensor
-    ) -> torch.Tensor:
-        r, s, t, u = (rearrange(x, "b -> b 1 1") for x in (r, s, t, u))
+    def _place(self, r: torch.Tensor, s: torch.Tensor, t: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+        """Place of the hidden patch in its window's sequence, 0-based.
+
+        It stays there instead of moving to the front as in eq. 5: attention does not see the order of a sequence, and
+        neither does the readout.
+        """
+        return (t - r) * self.window_size + u - s
+
+    def _cut(self, x: torch.Tensor, r: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
+        return rearrange(cut_windows(x, r, s, self.window_size), "b p i j d -> b p (i j) d")
+
+    def _embed(self, tokens: torch.Tensor, r: torch.Tensor, s: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Hide a patch of each window and add the positions (eq. 3-5)."""
+        r, s = (rearrange(x, "b -> b 1 1") for x in (r, s))
         offset = torch.arange(self.window_size, device=tokens.device)
         i, j = torch.broadcast_tensors(r + rearrange(offset, "l -> 1 l 1"), s + rearrange(offset, "l -> 1 1 l"))
-        is_hidden = rearrange((i == t) & (j == u), "b i j -> b i j 1")
         local = self.position == "local"
         position = f_local(i, j, r, s, self.window_size) if local else f_global(i, j, self.grid[1])
+        inpaint = repeat(self.inpaint_embedding, "d -> b d", b=len(place))
+        return self._hide(tokens, inpaint, place) + self.position_embedding[rearrange(position, "b i j -> b (i j)") - 1]
 
-        # Eq. 3-5. The hidden patch stays at its place instead of moving to the front: attention does not see the order
-        # of a sequence, and neither does the readout.
-        tokens = torch.where(is_hidden, self.inpaint_embedding.to(tokens.dtype), tokens)
-        y = rearrange(tokens + self.position_embedding[position - 1], "b i j d -> b (i j) d")
+    def _hide(self, tokens: torch.Tensor, instead: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Put something else, ``(P, D)``, at a place of each sequence ``(..., P, L * L, D)``."""
+        is_hidden = torch.arange(tokens.shape[-2], device=tokens.device) == rearrange(place, "p -> p 1")
+        return torch.where(is_hidden[..., None], rearrange(instead, "p d -> p 1 d").to(tokens.dtype), tokens)
 
+    def _inpaint(self, inputs: Sequence[torch.Tensor], place: torch.Tensor) -> torch.Tensor:
+        """Go through the blocks, from what the first one projected (sec. 3.3), and read the hidden patch out."""
         depth = len(self.blocks)
-        outputs: list[torch.Tensor] = []
+        for_long_residuals: list[torch.Tensor] = []
         for n, block in enumerate(self.blocks):
-            if self.long_residuals and n >= depth - depth // 2:
-                y = y + outputs[depth - 1 - n]
-            y = block(y)
-            outputs.append(y)
-
-        if self.readout == "mean":
-            vector = y.mean(dim=1)
-        else:
-            vector = (y * rearrange(is_hidden, "b i j 1 -> b (i j) 1")).sum(dim=1)
-        return self.to_pixels(vector)
+            # Of the last output, only what is read out is computed.
+            only = place if self.readout == "token" and n == depth - 1 else None
+            if n == 0:
+                y, q, k, v = inputs
+                y = block.finish(*((y, q) if only is None else (_at(y, only), _at(q, only))), k, v)
+            else:
+                if self.long_residuals and n >= depth - depth // 2:
+                    y = y + for_long_residuals.pop()
+                y = block(y, only)
+            if n < depth // 2:
+                for_long_residuals.append(y)
+        return self.to_pixels(y.mean(dim=1))
 
     @staticmethod
     def _as_colour(images: torch.Tensor) -> torch.Tensor:
@@ -232,6 +299,16 @@ class InpaintingTransformer(nn.Module):
             raise ValueError(msg)
         if not torch.compiler.is_compiling():
             check_range(images)
+
+
+def _at(sequence: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+    return sequence[torch.arange(len(place), device=place.device), place][:, None]
+
+
+def _as_cast(x: torch.Tensor) -> torch.Tensor:
+    """Under autocast, cast once what several linear layers would cast each for themselves."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _check_option(name: str, value: str, choices: tuple[str, ...]) -> None:
