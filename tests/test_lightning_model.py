@@ -2,6 +2,7 @@
 """InTra inside anomalib, from training to prediction on a bare image."""
 
 import logging
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -284,8 +285,20 @@ def test_augmentations_reach_training_but_not_the_statistics(demo_root: Path, tm
             return super().forward(*inputs)
 
     datamodule = TextureDemo(demo_root, num_workers=0, train_augmentations=Compose([Count((64, 64))]))
-    tiny_engine(tmp_path, max_epochs=1).fit(tiny_intra(), datamodule=datamodule)
-    assert len(seen) == 54  # once for each training image and epoch; held-out images and eq. 17 do without
+    tiny_engine(tmp_path, max_epochs=2).fit(tiny_intra(), datamodule=datamodule)
+    assert len(seen) == 2 * 54  # once for each training image and epoch; held-out images and eq. 17 do without
+
+
+def test_images_that_never_change_are_read_once(demo: TextureDemo, tmp_path: Path, monkeypatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        "anomalib.data.datasets.base.image.read_image",
+        lambda path, *args, **kwargs: read.append(str(path)) or read_image(path, *args, **kwargs),
+    )
+    tiny_engine(tmp_path, max_epochs=3).fit(tiny_intra(), datamodule=demo)
+    held_out = [path for path, times in Counter(read).items() if times == 4]  # validation of 3 epochs, thresholds
+    training = [path for path, times in Counter(read).items() if times == 2]  # windows of all epochs, eq. 17
+    assert (len(held_out), len(training)) == (6, 54)
 
 
 @pytest.mark.parametrize("pre_processor", [PreProcessor(Normalize([0.5] * 3, [0.5] * 3))])

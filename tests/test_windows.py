@@ -184,7 +184,7 @@ class CountingImages(Dataset):
         return torch.full(self.shape, number / self.count)
 
 
-def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0, rows=4, columns=4):
+def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0, rows=4, columns=4, **options):
     images = DataLoader(dataset, batch_size=read_at_once, shuffle=True, generator=torch.Generator())
     return DrawLoader(
         images,
@@ -194,6 +194,7 @@ def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0
         batch_size=batch_size,
         image_size=(rows * K, columns * K),
         seed=seed,
+        **options,
     )
 
 
@@ -237,6 +238,22 @@ def test_every_image_is_read_exactly_once_in_an_epoch():
         for _ in loader:
             pass
         assert dataset.reads == dict.fromkeys(range(7), epoch)
+
+
+@pytest.mark.parametrize(("pool", "reads"), [(7, 1), (6, 3)], ids=["fit into the pool", "do not"])
+def test_images_that_never_change_are_read_once_where_they_fit(pool, reads, monkeypatch):
+    monkeypatch.setattr(draws_module, "POOL_BYTES", pool * 3 * (4 * K) ** 2 * 4)
+    dataset = CountingImages(7)
+    loader = loader_of(dataset, read_at_once=1, same_every_epoch=True)
+    epochs = []
+    for loader.epoch in range(3):
+        epochs.append(draws_of(loader, dataset))
+    assert dataset.reads == dict.fromkeys(range(7), reads)
+    assert epochs[0] != epochs[1] != epochs[2]
+    # A run that is resumed at the last epoch makes that epoch's draws.
+    resumed = loader_of(CountingImages(7), read_at_once=1, same_every_epoch=True)
+    resumed.epoch = 2
+    assert draws_of(resumed, dataset) == epochs[2]
 
 
 def test_steps_have_the_batch_size_but_for_the_last():

@@ -74,11 +74,11 @@ class DrawnModule(AnomalibModule):
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def draw_loader(self, images: DataLoader, seed: int) -> DrawLoader:
+    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader:
         """Make the loader of training steps.
 
         Args:
-            images (DataLoader): Loader of training images; :meth:`prepare` prepares its batches.
+            images (NormalImages): The loaders of the run; :meth:`prepare` prepares batches of the training images.
             seed (int): Seed of all draws.
 
         Returns:
@@ -152,7 +152,7 @@ class DrawnModule(AnomalibModule):
         )
         if self._draw_seed is None:
             self._draw_seed = torch.initial_seed() % 2**31
-        self._draws = self.draw_loader(self._images.training, self._draw_seed)
+        self._draws = self.draw_loader(self._images, self._draw_seed)
         train_source.instance = self._draws
         val_source.instance = self._images.held_out
 

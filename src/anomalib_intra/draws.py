@@ -19,8 +19,9 @@ Draws = TypeVar("Draws")
 class DrawLoader:
     """Turns a loader of images into a loader of training steps.
 
-    Every epoch reads every image once, draws from each equally often and in random order, so that the draws of a step
-    come from many images. Images are pooled up to :data:`POOL_BYTES` at a time.
+    Every epoch draws from every image equally often and in random order, so that the draws of a step come from many
+    images. Images are pooled up to :data:`POOL_BYTES` at a time and read once in an epoch; with ``same_every_epoch``,
+    those that fit into one pool are read only once.
 
     Args:
         images (DataLoader): Loader of image batches. Its ``generator`` is seeded anew for every epoch.
@@ -31,6 +32,7 @@ class DrawLoader:
         batch_size (int): Draws in a step.
         image_size (tuple[int, int]): Height and width of prepared images in pixels.
         seed (int): Seed of all draws; an epoch's draws depend on it and on ``epoch`` alone.
+        same_every_epoch (bool): Whether an image is the same each time it is read.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class DrawLoader:
         batch_size: int,
         image_size: tuple[int, int],
         seed: int,
+        same_every_epoch: bool = False,
     ) -> None:
         self.images = images
         self.prepare = prepare
@@ -53,6 +56,8 @@ class DrawLoader:
         bytes_of_one = 3 * image_size[0] * image_size[1] * torch.float32.itemsize
         read_at_once = images.batch_size or 1
         self._pool_size = max(1, POOL_BYTES // (bytes_of_one * read_at_once)) * read_at_once
+        self._keeps = same_every_epoch and len(images.dataset) <= self._pool_size
+        self._kept: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch."""
@@ -64,9 +69,7 @@ class DrawLoader:
         # Apart enough that the epochs of two seeds do not repeat each other's draws.
         seed = self.seed * 1_000_003 + self.epoch
         generator = torch.Generator().manual_seed(seed)
-        if self.images.generator is not None:
-            self.images.generator.manual_seed(seed)
-        for pool in self._pools():
+        for pool in self._kept_pool() if self._keeps else self._pools(seed):
             draws = self.draw(pool, self.draws_per_image, generator=generator)
             for step in range(self._steps(len(pool))):
                 yield _take(draws, slice(step * self.batch_size, (step + 1) * self.batch_size))
@@ -74,7 +77,15 @@ class DrawLoader:
     def _steps(self, images: int) -> int:
         return math.ceil(images * self.draws_per_image / self.batch_size)
 
-    def _pools(self) -> Iterator[torch.Tensor]:
+    def _kept_pool(self) -> Iterator[torch.Tensor]:
+        if self._kept is None:
+            # In an order that does not depend on the epoch, so that a resumed run makes the same draws.
+            (self._kept,) = self._pools(self.seed)
+        yield self._kept
+
+    def _pools(self, seed: int) -> Iterator[torch.Tensor]:
+        if self.images.generator is not None:
+            self.images.generator.manual_seed(seed)
         pool: list[torch.Tensor] = []
         for batch in self.images:
             pool.append(self.prepare(batch))

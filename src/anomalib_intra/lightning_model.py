@@ -21,7 +21,6 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
-from torch.utils.data import DataLoader
 
 from anomalib_intra.batch import InTraBatch, is_normal
 from anomalib_intra.drawn_module import DrawnModule
@@ -187,11 +186,11 @@ class InTra(DrawnModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def draw_loader(self, images: DataLoader, seed: int) -> DrawLoader:
+    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader:
         """Draw windows with a hidden patch (sec. 4.1).
 
         Args:
-            images (DataLoader): Loader of training images.
+            images (NormalImages): The loaders of the run.
             seed (int): Seed of all draws.
 
         Returns:
@@ -199,7 +198,14 @@ class InTra(DrawnModule):
         """
         draw = partial(draw_windows, patch_size=self.patch_size, window_size=self.window_size, augment=self.augment)
         return DrawLoader(
-            images, self.prepare, draw, self.windows_per_image, self.window_batch_size, self.image_size, seed
+            images.training,
+            self.prepare,
+            draw,
+            self.windows_per_image,
+            self.window_batch_size,
+            self.image_size,
+            seed,
+            images.same_every_epoch,
         )
 
     @property

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from anomalib.data import AnomalibDataset
 from anomalib.data.utils import ValSplitMode
 from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import Compose, Resize
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +56,14 @@ class NormalImages:
             (eq. 17), the memory bank of Patch-SVDD.
         held_out (DataLoader): Images that are never trained on; the normal ones give the validation loss.
         thresholds (DataLoader): Images to set thresholds on: held-out ones, or the datamodule's validation images.
+        same_every_epoch (bool): Whether a training image is the same each time it is read, as far as is known.
     """
 
     training: DataLoader
     statistics: DataLoader
     held_out: DataLoader
     thresholds: DataLoader
+    same_every_epoch: bool
 
     @classmethod
     def of(
@@ -100,7 +104,7 @@ class NormalImages:
         has_validation = val_loader is not None and len(val_loader.dataset) > 0
         if has_validation and mode not in SPLITS_FROM_TEST:
             held_out = evaluation(val_loader.dataset)
-            return cls(training(dataset), evaluation(plain), held_out, thresholds=held_out)
+            return cls(training(dataset), evaluation(plain), held_out, held_out, _is_plain(dataset))
 
         chosen = held_out_indices(len(dataset))
         if mode in SPLITS_FROM_TEST:
@@ -120,6 +124,7 @@ class NormalImages:
             evaluation(Subset(plain, rest)),
             held_out,
             thresholds=evaluation(val_loader.dataset) if has_validation else held_out,
+            same_every_epoch=_is_plain(dataset),
         )
 
 
@@ -129,6 +134,14 @@ def _without_augmentation(dataset: Dataset, resize: Any) -> Dataset:
     dataset = copy.copy(dataset)
     dataset.augmentations = resize
     return dataset
+
+
+def _is_plain(dataset: Dataset) -> bool:
+    if not isinstance(dataset, AnomalibDataset):
+        return False
+    transform = dataset.augmentations
+    transforms = transform.transforms if isinstance(transform, Compose) else [transform]
+    return all(type(one) in (Resize, type(None)) for one in transforms)
 
 
 def _loader(dataset: Dataset, like: DataLoader, batch_size: int, shuffle: bool = False) -> DataLoader:

@@ -15,7 +15,6 @@ from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
-from torch.utils.data import DataLoader
 
 from anomalib_intra.batch import is_normal
 from anomalib_intra.drawn_module import DrawnModule
@@ -96,18 +95,25 @@ class PatchSVDD(DrawnModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def draw_loader(self, images: DataLoader, seed: int) -> DrawLoader:
+    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader:
         """Draw pairs of patches.
 
         Args:
-            images (DataLoader): Loader of training images.
+            images (NormalImages): The loaders of the run.
             seed (int): Seed of all draws.
 
         Returns:
             DrawLoader: Loader of :class:`PairBatch`.
         """
         return DrawLoader(
-            images, self.prepare, draw_pairs, self.pairs_per_image, self.pair_batch_size, self.image_size, seed
+            images.training,
+            self.prepare,
+            draw_pairs,
+            self.pairs_per_image,
+            self.pair_batch_size,
+            self.image_size,
+            seed,
+            images.same_every_epoch,
         )
 
     def on_fit_start(self) -> None:
