@@ -25,6 +25,7 @@ from rich.progress import track
 from anomalib_intra.batch import InTraBatch, is_normal
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
+from anomalib_intra.flat_check import FlatCheck
 from anomalib_intra.grid import patchify
 from anomalib_intra.loss import InpaintingLoss
 from anomalib_intra.normal_images import NormalImages
@@ -34,6 +35,9 @@ from anomalib_intra.visualizer import InTraVisualizer
 from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
 logger = logging.getLogger(__name__)
+
+#: Share of a flat image's error above which a reconstruction counts as flat.
+_COLLAPSED = 0.9
 
 # The arguments that decide the shape of the weights, or what they mean.
 _ARCHITECTURE = (
@@ -65,7 +69,7 @@ class InTra(DrawnModule):
         beta (float): Weight of the structural similarity term of the loss (eq. 12).
         learning_rate (float): Learning rate of Adam.
         windows_per_image (int): Windows drawn from each image and epoch.
-        window_batch_size (int): Windows in a training step, and windows inpainted at once in reconstruction.
+        window_batch_size (int): Windows in a training step.
         patience (int): Epochs without a better validation loss after which training stops.
         augment (bool): Flip and turn the windows' images at random. Switch it off where a flipped part is a defect.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
@@ -142,6 +146,7 @@ class InTra(DrawnModule):
             readout=readout,
         )
         self.loss = InpaintingLoss(alpha, beta)
+        self._flat_check = FlatCheck()
 
     # ---- components --------------------------------------------------------------------------------------------------
 
@@ -248,13 +253,31 @@ class InTra(DrawnModule):
         batch.reconstruction = self._reconstruct(batch.image)
         normal = is_normal(batch)
         if normal.any():
+            images, reconstructions = (x[normal].float() for x in (batch.image, batch.reconstruction))
+            self._flat_check.update(images, reconstructions)
             original, inpainted = (
-                rearrange(patchify(images[normal].float(), self.patch_size), "b n m d -> (b n m) d")
-                for images in (batch.image, batch.reconstruction)
+                rearrange(patchify(x, self.patch_size), "b n m d -> (b n m) d") for x in (images, reconstructions)
             )
             loss = self.loss(self._as_images(original), self._as_images(inpainted))
             self.log("val_loss", loss, prog_bar=True, on_epoch=True, batch_size=int(normal.sum()), sync_dist=True)
         return batch
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to compare the reconstructions with a flat image anew."""
+        self._flat_check.reset()
+
+    def on_train_end(self) -> None:
+        """Say so if the model has learned nothing; then calibrate it."""
+        error, flat = self._flat_check.compute()
+        if error > _COLLAPSED * flat:
+            logger.warning(
+                "The reconstructions of held-out images are hardly better than a flat image of their mean colour (mean "
+                "squared error %.5f, flat %.5f): the model has learned next to nothing. Train for longer, or with "
+                "another learning_rate.",
+                error,
+                flat,
+            )
+        super().on_train_end()
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 
@@ -324,7 +347,7 @@ class InTra(DrawnModule):
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
 
     def _reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model.reconstruct(torch.as_tensor(images), self.window_batch_size)
+        return self.model.reconstruct(torch.as_tensor(images))
 
     def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
         batch = self.on_device(batch)

@@ -39,9 +39,8 @@ class ConstantReconstruction(nn.Module):
         super().__init__()
         self.register_buffer("image", image)
 
-    def reconstruct(self, images: torch.Tensor, window_batch_size: int | None = None) -> torch.Tensor:
+    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """Give the image once for each of ``(B, 3, H, W)`` images."""
-        del window_batch_size
         return self.image.expand_as(images).to(images)
 
     def forward(self, images: torch.Tensor) -> Reconstruction:
