@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from anomalib.cli.cli import main as anomalib_main
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.speed import speed
 from anomalib_intra.yardsticks import yardsticks
 
 
@@ -24,7 +26,7 @@ def main() -> None:
     Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
     which accepts no model from outside anomalib; its configs have the same layout.
     """
-    own = {"benchmark": _benchmark, "yardsticks": _print_yardsticks}
+    own = {"benchmark": _benchmark, "speed": _speed, "yardsticks": _print_yardsticks}
     if len(sys.argv) > 1 and sys.argv[1] in own:
         _run(own[sys.argv[1]], sys.argv[1], sys.argv[2:])
     else:
@@ -58,6 +60,29 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")
     if rows["error"].any():
         sys.exit(1)
+
+
+def _speed(
+    model: dict[str, Any] | None = None,
+    image_sizes: tuple[int, ...] = (256, 320, 512),
+    batch_sizes: tuple[int, ...] = (1, 8),
+    training_steps: int = 3,
+    output: Path = Path("results/speed.json"),
+) -> None:
+    """Measure how fast this machine reconstructs and trains, beside what it could do at best.
+
+    Args:
+        model: Arguments of InTra; the paper's model without any.
+        image_sizes: Sides of square images in pixels.
+        batch_sizes: Images reconstructed at once.
+        training_steps: Training steps that are timed, after one that is not.
+        output: JSON file for the table.
+    """
+    table = speed(model, image_sizes, batch_sizes, training_steps)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    table.to_json(output, orient="records", indent=2)
+    print(table.to_string(index=False, na_rep="-", float_format="{:.2f}".format))
+    print(f"\nMeasured on {table.attrs['device']}; written to {output}.")
 
 
 def _print_yardsticks(data: AnomalibDataModule, image_size: tuple[int, int] = (256, 256)) -> None:

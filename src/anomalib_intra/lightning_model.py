@@ -231,12 +231,23 @@ class InTra(DrawnModule):
             STEP_OUTPUT: The loss.
         """
         del args, kwargs
+        loss = self.loss_of(batch)
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
+        return loss
+
+    def loss_of(self, batch: WindowBatch) -> torch.Tensor:
+        """Inpaint the hidden patches of windows and compare them with the original ones (eq. 12).
+
+        Args:
+            batch (WindowBatch): Windows of a step.
+
+        Returns:
+            torch.Tensor: The loss, a scalar.
+        """
         windows = cut_training_windows(batch, self.patch_size, self.window_size)
         hidden = windows[torch.arange(len(batch), device=windows.device), batch.t - batch.r, batch.u - batch.s]
         inpainted = self.model.inpaint(windows, batch.r, batch.s, batch.t, batch.u)
-        loss = self.loss(self._as_images(hidden), self._as_images(inpainted))
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
-        return loss
+        return self.loss(self._as_images(hidden), self._as_images(inpainted))
 
     def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Inpaint every patch of the normal images of a batch and compare it with the original (sec. 4.1).

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of the benchmark: a model is built, trained, tested and timed."""
 
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -21,6 +19,7 @@ from jsonargparse import ArgumentParser
 from lightning import seed_everything
 
 from anomalib_intra.benchmark.evaluation import METRICS, evaluator
+from anomalib_intra.machine import device_name, peak_memory_mib
 from anomalib_intra.normal_images import SPLITS_FROM_TEST
 
 #: Keys of a model's entry beside those of every anomalib config.
@@ -218,11 +217,11 @@ def measure(
         "fit_s": fitted - started,
         "test_s": tested - fitted,
         "ms_per_image": _ms_per_image(model, datamodule, engine, device),
-        "peak_memory_mib": _peak_memory_mib(device),
+        "peak_memory_mib": peak_memory_mib(device),
         "parameters": sum(parameter.numel() for parameter in model.model.parameters()),
         "epochs": epochs,
         "steps": steps,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device_name(device),
     }
 
 
@@ -239,26 +238,3 @@ def _ms_per_image(model: AnomalibModule, datamodule: AnomalibDataModule, engine:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times[1:])  # the first run also sets things up
-
-
-def _peak_memory_mib(device: torch.device) -> float | None:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.is_file():  # on Linux; there, getrusage begins with the peak of the parent process
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
-        return int(line.split()[1]) / 2**10
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured on: the name of card or processor, and how much memory was used."""
+
+import platform
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: torch.device) -> str:
+    """Name the card, or the processor and the number of threads.
+
+    Args:
+        device (torch.device): A device.
+
+    Returns:
+        str: Its name.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Tell the most memory in use since the start, or since :func:`forget_peak_memory`.
+
+    Args:
+        device (torch.device): A device.
+
+    Returns:
+        float | None: That of the device on CUDA, else that of the process in MiB; None where it is not known.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.is_file():  # on Linux; there, getrusage begins with the peak of the parent process
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        return int(line.split()[1]) / 2**10
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Let the peak begin anew at the memory that is in use now, where the system can do that.
+
+    Args:
+        device (torch.device): A device.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):  # not Linux, or not allowed: the peak is then that since the start
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast InTra is on this machine, as a share of the best matrix products the machine can do."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from pandas import DataFrame
+from rich.console import Console
+from torch.nn.functional import linear
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+from anomalib_intra.draws import DrawLoader
+from anomalib_intra.lightning_model import InTra
+from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib
+from anomalib_intra.torch_model import InpaintingTransformer
+from anomalib_intra.windows import draw_windows
+
+#: Seconds for which each matrix product is repeated; the best repetition counts.
+_SECONDS_OF_A_PRODUCT = 1.0
+#: Windows that the plain loop inpaints, one after the other.
+_WINDOWS_OF_THE_LOOP = 24
+#: Images that training windows are drawn from.
+_TRAINING_IMAGES = 4
+
+
+def speed(
+    model: dict[str, Any] | None = None,
+    image_sizes: Sequence[int] = (256, 320, 512),
+    batch_sizes: Sequence[int] = (1, 8),
+    training_steps: int = 3,
+    device: str | torch.device | None = None,
+) -> DataFrame:
+    """Measure reconstruction and training in float32 and bf16, all in one run.
+
+    Shares are ratios to the best rate of torch's matrix products at the model's own shapes. The work is counted as that
+    of every window computed alone, so that work which is shared between windows counts as done.
+
+    Args:
+        model (dict | None): Arguments of :class:`InTra`; the paper's model without any.
+        image_sizes (Sequence[int]): Sides of square images in pixels.
+        batch_sizes (Sequence[int]): Images reconstructed at once.
+        training_steps (int): Training steps that are timed, after one that is not.
+        device (str | torch.device | None): Defaults to the accelerator there is, else the CPU.
+
+    Returns:
+        DataFrame: A row for each measurement: ``what``, ``precision``, ``image_size``, ``batch_size``,
+        ``ms_per_image``, ``windows_per_s``, ``gflop_per_s``, ``share_of_ceiling``, ``times_the_loop`` and
+        ``peak_memory_mib`` (of the process on a CPU). ``attrs["device"]`` names the machine.
+
+    Example:
+        >>> tiny = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
+        >>> table = speed({**tiny, "windows_per_image": 8, "window_batch_size": 8}, [64], [1], 1, "cpu")
+        >>> sorted(table["what"].unique())
+        ['matrix products', 'reconstruct', 'training step', 'window by window']
+    """
+    device = torch.device(device or (torch.accelerator.current_accelerator(check_available=True) or "cpu"))
+    progress = Console(stderr=True)
+    rows = []
+    for row in _measurements(model or {}, image_sizes, batch_sizes, training_steps, device):
+        progress.print(", ".join(f"{key} {_short(value)}" for key, value in row.items()), style="dim")
+        rows.append(row)
+    table = DataFrame(rows)
+    table.attrs["device"] = device_name(device)
+    return table
+
+
+def _measurements(
+    arguments: dict[str, Any],
+    image_sizes: Sequence[int],
+    batch_sizes: Sequence[int],
+    training_steps: int,
+    device: torch.device,
+) -> Iterator[dict[str, Any]]:
+    for precision in ("float32", "bf16"):
+        intra = _intra(arguments, image_sizes[0], device)
+        flops = _flops_of_a_window(intra.model)
+        ceiling = _matrix_rate(intra, torch.float32 if precision == "float32" else torch.bfloat16)
+        yield {"what": "matrix products", "precision": precision, "gflop_per_s": ceiling / 1e9}
+
+        row = partial(_row, device, precision, flops, ceiling)
+        autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
+        with torch.inference_mode(), autocast():
+            forget_peak_memory(device)
+            seconds = _best_seconds(partial(_loop, intra.model), device)
+            loop = _WINDOWS_OF_THE_LOOP / seconds
+            yield row("window by window", _WINDOWS_OF_THE_LOOP, seconds)
+            for size in image_sizes:
+                model = _intra(arguments, size, device).model
+                for batch_size in batch_sizes:
+                    images = torch.rand(batch_size, 3, size, size, device=device)
+                    forget_peak_memory(device)
+                    seconds = _best_seconds(partial(model.reconstruct, images), device)
+                    windows = batch_size * model.grid[0] * model.grid[1]
+                    yield {
+                        **row("reconstruct", windows, seconds, image_size=size, batch_size=batch_size),
+                        "ms_per_image": 1000 * seconds / batch_size,
+                        "times_the_loop": windows / seconds / loop,
+                    }
+        forget_peak_memory(device)
+        windows, seconds = _training(intra, training_steps, device, autocast)
+        # Backwards takes twice the work of forwards.
+        yield row("training step", windows, seconds, work=3, image_size=image_sizes[0])
+
+
+def _row(
+    device: torch.device,
+    precision: str,
+    flops: int,
+    ceiling: float,
+    what: str,
+    windows: int,
+    seconds: float,
+    work: int = 1,
+    **others: Any,
+) -> dict[str, Any]:
+    rate = windows * work * flops / seconds
+    return {
+        "what": what,
+        "precision": precision,
+        **others,
+        "windows_per_s": windows / seconds,
+        "gflop_per_s": rate / 1e9,
+        "share_of_ceiling": rate / ceiling,
+        "peak_memory_mib": peak_memory_mib(device),
+    }
+
+
+def _intra(arguments: dict[str, Any], size: int, device: torch.device) -> InTra:
+    return InTra(**{**arguments, "image_size": (size, size)}, visualizer=False).to(device).eval()
+
+
+def _flops_of_a_window(model: InpaintingTransformer) -> int:
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        _loop(model, windows=1)
+    return counter.get_total_flops()
+
+
+def _matrix_rate(intra: InTra, dtype: torch.dtype) -> float:
+    """Find the best rate of the model's own matrix products, in floating-point operations a second."""
+    layers = {tuple(x.weight.shape) for block in intra.model.blocks for x in block.modules() if hasattr(x, "weight")}
+    tokens = intra.window_batch_size * intra.window_size**2
+    best = 0.0
+    for shape in [shape for shape in layers if len(shape) == 2]:
+        weight, x = (torch.rand(*size, device=intra.device, dtype=dtype) for size in (shape, (tokens, shape[1])))
+        until = time.perf_counter() + _SECONDS_OF_A_PRODUCT
+        while time.perf_counter() < until:
+            seconds = _seconds(partial(linear, x, weight), intra.device)
+            best = max(best, 2 * tokens * shape[0] * shape[1] / seconds)
+    return best
+
+
+def _loop(model: InpaintingTransformer, windows: int = _WINDOWS_OF_THE_LOOP) -> None:
+    side = model.window_size
+    origin = torch.ones(1, dtype=torch.long, device=model.inpaint_embedding.device)
+    hidden = origin + side // 2
+    for _ in range(windows):
+        patches = torch.rand(1, side, side, 3 * model.patch_size**2, device=origin.device)
+        model.inpaint(patches, origin, origin, hidden, hidden)
+
+
+def _training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> tuple[int, float]:
+    """Time training steps with Adam, from bytes of images to the changed weights."""
+    images = DataLoader(torch.rand(_TRAINING_IMAGES, 3, *intra.image_size), generator=torch.Generator())
+    draw = partial(draw_windows, patch_size=intra.patch_size, window_size=intra.window_size, augment=intra.augment)
+    per_image = -(-(steps + 1) * intra.window_batch_size // _TRAINING_IMAGES)
+    loader = DrawLoader(
+        images, lambda x: x.to(device), draw, per_image, intra.window_batch_size, intra.image_size, seed=0
+    )
+    optimizer = intra.configure_optimizers()
+    intra.train()
+    windows, started = 0, 0.0
+    for number, batch in enumerate(loader):
+        with autocast():
+            loss = intra.loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if number == 0:
+            _wait(device)
+            started = time.perf_counter()
+        else:
+            windows += len(batch)
+        if number == steps:
+            break
+    _wait(device)
+    intra.eval()
+    return windows, time.perf_counter() - started
+
+
+def _best_seconds(work: Callable[[], Any], device: torch.device, times: int = 3) -> float:
+    return min(_seconds(work, device) for _ in range(times))
+
+
+def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+    _wait(device)
+    started = time.perf_counter()
+    work()
+    _wait(device)
+    return time.perf_counter() - started
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

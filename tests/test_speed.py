@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The speed command: what it counts, and that it runs."""
+
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from anomalib_intra import cli
+from anomalib_intra.machine import forget_peak_memory, peak_memory_mib
+from anomalib_intra.speed import _flops_of_a_window
+from anomalib_intra.torch_model import InpaintingTransformer
+
+TINY = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_batch_size": 8}
+
+
+def test_a_window_of_the_papers_model_costs_5_gflop() -> None:
+    tokens, d, f = 49, 512, 256
+    block = 2 * (d * 2 * d + 2 * d * f) + 2 * d * d + 2 * d * 4 * d  # q and k, v and output, MLP
+    attention = tokens * (f + d)  # q k^T and the weighted values
+    by_hand = 2 * tokens * (13 * (block + attention) + 768 * d) + 2 * d * 768
+    # The kernels get queries and keys padded to the dimension of the values.
+    assert _flops_of_a_window(InpaintingTransformer()) == pytest.approx(by_hand, rel=0.01)
+
+
+def test_peak_memory_is_that_since_it_was_forgotten() -> None:
+    cpu = torch.device("cpu")
+    block = torch.ones(64 * 2**20)
+    with_block = peak_memory_mib(cpu)
+    del block
+    forget_peak_memory(cpu)
+    if not Path("/proc/self/clear_refs").is_file():
+        pytest.skip("only Linux forgets")
+    assert with_block - peak_memory_mib(cpu) > 200
+
+
+def test_whole_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    config = tmp_path / "speed.yaml"
+    config.write_text(json.dumps({"model": TINY, "image_sizes": [32, 48], "batch_sizes": [1, 2], "training_steps": 2}))
+    arguments = ["speed", "--config", str(config), "--output", str(tmp_path / "out" / "speed.json")]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *arguments])
+    cli.main()
+    rows = pd.DataFrame(json.loads((tmp_path / "out" / "speed.json").read_text()))
+    assert rows.groupby("what").size().to_dict() == {
+        "matrix products": 2, "reconstruct": 8, "training step": 2, "window by window": 2,
+    }  # fmt: skip
+    measured = rows[rows["what"] != "matrix products"]
+    assert (measured["share_of_ceiling"] > 0).all()
+    share = measured["gflop_per_s"] / measured["precision"].map(
+        rows[rows["what"] == "matrix products"].set_index("precision")["gflop_per_s"]
+    )
+    assert share.to_numpy() == pytest.approx(measured["share_of_ceiling"].to_numpy())
+    reconstruct = rows[rows["what"] == "reconstruct"]
+    windows = (reconstruct["image_size"] / 8) ** 2
+    assert (1000 * windows / reconstruct["windows_per_s"]).to_numpy() == pytest.approx(
+        reconstruct["ms_per_image"].to_numpy()
+    )
+    assert "Measured on" in capsys.readouterr().out
