@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_intra import draws as draws_module
-from anomalib_intra.draws import DrawLoader
+from anomalib_intra.draws import DrawLoader, Prepared
 from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
 K = 2
@@ -188,7 +188,7 @@ def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0
     images = DataLoader(dataset, batch_size=read_at_once, shuffle=True, generator=torch.Generator())
     return DrawLoader(
         images,
-        prepare=lambda batch: batch,
+        prepare=lambda batch: Prepared(batch, [str(float(image.max())) for image in batch]),
         draw=partial(draw_windows, patch_size=K, window_size=3, augment=True),
         draws_per_image=windows_per_image,
         batch_size=batch_size,
@@ -297,7 +297,7 @@ def test_another_epoch_draws_every_kind_of_number_anew():
 def test_batches_go_through_prepare():
     dataset = CountingImages(4)
     loader = loader_of(dataset)
-    loader.prepare = lambda batch: 1 - batch
+    loader.prepare = lambda batch: Prepared(1 - batch, [""] * len(batch))
     for step in loader:
         for image in step.image:
             assert (1 - image[0, 0, 0].item()) * 4 in (0, 1, 2, 3)

@@ -4,28 +4,37 @@
 import logging
 import time
 from abc import abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from anomalib import LearningType
 from anomalib.data import Batch, ImageBatch
+from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_intra.batch import UnroundedBatch, is_normal
-from anomalib_intra.draws import DrawLoader, Draws
+from anomalib_intra.checkpoints import AtomicCheckpointIO
+from anomalib_intra.draws import DrawLoader, Draws, Prepared
+from anomalib_intra.finite_loss import FiniteLoss
 from anomalib_intra.image_range import check_range
-from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.normal_images import NormalImages, shared_loader
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
+from anomalib_intra.random_state import random_state, set_random_state
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
 
 logger = logging.getLogger(__name__)
+
+#: Images that an error names.
+_NAMED = 3
 
 
 class DrawnModule(AnomalibModule):
@@ -68,6 +77,10 @@ class DrawnModule(AnomalibModule):
         self._images: NormalImages | None = None
         self._draws: DrawLoader | None = None
         self._draw_seed: int | None = None
+        self._random_state: dict[str, Any] | None = None
+        self._resumed_from: str | None = None
+        self._finite_loss = FiniteLoss()
+        self._val_loss = torch.zeros(2)
         self._clock_started: float | None = None
         self._draws_since = 0
 
@@ -142,6 +155,27 @@ class DrawnModule(AnomalibModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Save checkpoints so that none is lost, and share images out so that none is evaluated twice.
+
+        Args:
+            stage (str): Lightning's name of what begins.
+        """
+        super().setup(stage)
+        strategy = self.trainer.strategy
+        if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
+        elif type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO(self.checkpoint_safe_globals())
+        loops = {"test": self.trainer.test_loop, "validate": self.trainer.validate_loop}
+        if self.trainer.world_size > 1 and stage in loops:
+            source = loops[stage]._data_source
+            loader = source.dataloader()
+            if isinstance(loader, DataLoader) and len(loader.dataset) >= self.trainer.world_size:
+                source.instance = shared_loader(
+                    loader.dataset, loader, loader.batch_size or 1, self.trainer.global_rank, self.trainer.world_size
+                )
+
     def on_fit_start(self) -> None:
         """Put the loaders of draws and of held-out images in the place of the datamodule's image loaders."""
         self.post_processor.reset()
@@ -151,10 +185,18 @@ class DrawnModule(AnomalibModule):
             train_source.dataloader(), val_source.dataloader() if val_source.is_defined() else None
         )
         if self._draw_seed is None:
-            self._draw_seed = torch.initial_seed() % 2**31
+            self._draw_seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
         self._draws = self.draw_loader(self._images, self._draw_seed)
         train_source.instance = self._draws
         val_source.instance = self._images.held_out
+        self._finite_loss = FiniteLoss()
+
+    def on_train_start(self) -> None:
+        """Go on with the random numbers of the run that is resumed."""
+        self._resumed_from = str(self.trainer.ckpt_path) if self.trainer.ckpt_path else None
+        if self._random_state is not None:
+            set_random_state(self._random_state)
+            self._random_state = None
 
     def on_train_epoch_start(self) -> None:
         """Make other draws than in the epoch before."""
@@ -162,8 +204,9 @@ class DrawnModule(AnomalibModule):
         self._clock_started = None
 
     def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Draws, batch_idx: int) -> None:
-        """Show the speed, and let a run that ends by ``max_steps`` end with a validation."""
-        del outputs, batch_idx
+        """Check the loss, show the speed, and let a run that ends by ``max_steps`` end with a validation."""
+        del batch_idx
+        self._finite_loss.watch(outputs["loss"], partial(self._diverged, self.trainer.global_step, batch))
         # Timed from the end of the epoch's first step, before which images are read.
         if self._clock_started is None:
             self._clock_started, self._draws_since = time.monotonic(), 0
@@ -196,6 +239,27 @@ class DrawnModule(AnomalibModule):
             self.trainer.strategy.barrier()
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._draws = None
+
+    # ---- validation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to add up the validation loss."""
+        self._val_loss = torch.zeros(2, device=self.device)
+
+    def add_val_loss(self, loss: torch.Tensor, count: int) -> None:
+        """Add the loss of a batch of held-out images to the validation loss.
+
+        Args:
+            loss (torch.Tensor): Mean loss of the batch, a scalar.
+            count (int): How many it is the mean of.
+        """
+        self._val_loss += torch.stack([loss.detach().float() * count, torch.full_like(loss, count)])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation loss: one number, the same in every process, whatever their shares of the images."""
+        total, count = self.trainer.strategy.reduce(self._val_loss, reduce_op="sum")
+        if count > 0:
+            self.log("val_loss", total / count, prog_bar=True, batch_size=1)
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
@@ -236,16 +300,31 @@ class DrawnModule(AnomalibModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the seed of the draws beside what anomalib stores."""
+        """Store the seed of the draws and the random state beside what anomalib stores; never store broken weights."""
+        self._finite_loss.check()
         super().on_save_checkpoint(checkpoint)
         checkpoint["draw_seed"] = self._draw_seed
+        checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was stored."""
         super().on_load_checkpoint(checkpoint)
         self._draw_seed = checkpoint.get("draw_seed")
+        self._random_state = checkpoint.get("random_state")
+        self._keep_what_was_trained(checkpoint)
         self._forget_callback_state(checkpoint)
+
+    def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> None:
+        # Engine.train gives the checkpoint that training was resumed from to the test that follows, too, which would
+        # test the weights of before instead of those that were just trained.
+        trainer = self._trainer
+        if trainer is None or self._resumed_from is None or trainer.state.fn != "test":
+            return
+        if str(trainer.ckpt_path) == self._resumed_from and self.is_calibrated:
+            logger.info("Testing what was just trained, not %s, which it was resumed from.", self._resumed_from)
+            checkpoint["state_dict"] = self.state_dict()
+        self._resumed_from = None
 
     def _forget_callback_state(self, checkpoint: dict[str, Any]) -> None:
         # The post-processor is a module, whose buffers are in the model's state, and a callback, whose state Lightning
@@ -253,6 +332,22 @@ class DrawnModule(AnomalibModule):
         checkpoint.get("callbacks", {}).pop(self.post_processor.state_key, None)
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
+
+    def _diverged(self, step: int, batch: Draws, loss: float) -> str:
+        names = [self._draws.names[number] for number in batch.index.unique().tolist()]
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        saved = [
+            path
+            for callback in reversed(self.trainer.checkpoint_callbacks)
+            if (path := str(getattr(callback, "path", "") or getattr(callback, "best_model_path", "")))
+            and Path(path).is_file()
+        ]
+        go_on = f"Go on from the last good checkpoint, {saved[0]} (--ckpt_path)," if saved else "Start again"
+        return (
+            f"The loss is {loss} at step {step} (epoch {self.current_epoch}); its {len(batch)} {self.draws_name} come "
+            f"from {', '.join(names[:_NAMED])}{more}. Training has diverged. {go_on} with a lower learning_rate or "
+            "with gradient clipping (--trainer.gradient_clip_val 1.0)."
+        )
 
     def _sort_out(self, train_loader: Any, val_loader: Any) -> NormalImages:
         for loader in (train_loader, val_loader):
@@ -266,21 +361,24 @@ class DrawnModule(AnomalibModule):
             self.trainer.datamodule,
             resize=transform,
             evaluated_at_once=self.evaluated_at_once,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
         )
 
-    def prepare(self, batch: ImageBatch) -> torch.Tensor:
+    def prepare(self, batch: ImageBatch) -> Prepared:
         """Bring a batch of training images to the model's device and size.
 
         Args:
             batch (ImageBatch): Batch of images.
 
         Returns:
-            torch.Tensor: Its normal images in [0, 1], shape ``(B, 3, H, W)``.
+            Prepared: Its normal images in [0, 1], shape ``(B, 3, H, W)``, and their paths.
 
         Raises:
             ValueError: If they are of another size or range.
         """
-        images = torch.as_tensor(batch.image[is_normal(batch)]).to(self.device)
+        normal = is_normal(batch)
+        images = torch.as_tensor(batch.image[normal]).to(self.device)
         if self.pre_processor is not None and self.pre_processor.transform:
             images = self.pre_processor.transform(images)
         check_range(images)
@@ -290,7 +388,23 @@ class DrawnModule(AnomalibModule):
                 f"image_size is {self.image_size[0]} x {self.image_size[1]}: make both the same."
             )
             raise ValueError(msg)
-        return images
+        paths = batch.image_path or ["an image without a path"] * len(normal)
+        return Prepared(images, [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
+
+    def mean_of_all(self, total: torch.Tensor, count: int) -> torch.Tensor:
+        """Average over the images of all processes of a run.
+
+        Args:
+            total (torch.Tensor): Sum over the images of this process.
+            count (int): How many they are.
+
+        Returns:
+            torch.Tensor: The mean, the same in every process; NaN where there are no images.
+        """
+        counted = torch.tensor(float(count), device=total.device)
+        return self.trainer.strategy.reduce(total, reduce_op="sum") / self.trainer.strategy.reduce(
+            counted, reduce_op="sum"
+        )
 
     def mean_training_image(self, images: NormalImages) -> torch.Tensor:
         """Average the training images.
@@ -303,10 +417,10 @@ class DrawnModule(AnomalibModule):
         """
         total, count = torch.zeros(3, *self.image_size, device=self.device), 0
         for batch in track(images.statistics, "Mean training image"):
-            prepared = self.prepare(batch)
+            prepared = self.prepare(batch).images
             total += prepared.sum(dim=0)
             count += len(prepared)
-        return total / count
+        return self.mean_of_all(total, count)
 
     def _ensure_calibrated(self) -> None:
         datamodule = self.trainer.datamodule

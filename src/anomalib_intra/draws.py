@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a loader of images to a loader of training steps, which are random draws from them."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -16,6 +15,18 @@ POOL_BYTES = 2**30
 Draws = TypeVar("Draws")
 
 
+class Prepared(NamedTuple):
+    """Images that are ready to be drawn from.
+
+    Args:
+        images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``, on the model's device.
+        names (list[str]): Their names, for messages.
+    """
+
+    images: torch.Tensor
+    names: list[str]
+
+
 class DrawLoader:
     """Turns a loader of images into a loader of training steps.
 
@@ -23,29 +34,47 @@ class DrawLoader:
     images. Images are pooled up to :data:`POOL_BYTES` at a time and read once in an epoch; with ``same_every_epoch``,
     those that fit into one pool are read only once.
 
+    Several processes make the same draws and share each step's among them: the step is that of one process, whatever
+    their number. What does not divide by it is left out, so that all shares count alike.
+
+    The loader's state says which step comes next, so that a run can go on in the middle of an epoch.
+
     Args:
         images (DataLoader): Loader of image batches. Its ``generator`` is seeded anew for every epoch.
-        prepare (Callable): Turns such a batch into a tensor ``(B, 3, H, W)`` in [0, 1] on the model's device.
+        prepare (Callable): Turns such a batch into :class:`Prepared` images.
         draw (Callable): ``draw(images, draws_per_image, generator=...)`` makes that many draws from each of
             ``(P, 3, H, W)`` images, shuffled.
         draws_per_image (int): Draws from each image and epoch.
-        batch_size (int): Draws in a step.
+        batch_size (int): Draws in a step, of all processes together.
         image_size (tuple[int, int]): Height and width of prepared images in pixels.
         seed (int): Seed of all draws; an epoch's draws depend on it and on ``epoch`` alone.
         same_every_epoch (bool): Whether an image is the same each time it is read.
+        rank (int): Number of this process, from 0.
+        world_size (int): Number of processes.
+
+    Raises:
+        ValueError: If a step has fewer draws than there are processes.
     """
 
     def __init__(
         self,
-        images: DataLoader,
-        prepare: Callable[[object], torch.Tensor],
+        images: DataLoader[Any],
+        prepare: Callable[[Any], Prepared],
         draw: Callable[..., Draws],
         draws_per_image: int,
         batch_size: int,
         image_size: tuple[int, int],
         seed: int,
         same_every_epoch: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        if batch_size < world_size:
+            msg = (
+                f"A training step of {batch_size} draws cannot be shared by {world_size} processes: take a larger "
+                "batch size of the model, or fewer devices."
+            )
+            raise ValueError(msg)
         self.images = images
         self.prepare = prepare
         self.draw = draw
@@ -53,47 +82,78 @@ class DrawLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
+        #: Names of the images that the present steps draw from.
+        self.names: list[str] = []
+        self._rank, self._world_size = rank, world_size
+        self._next_step = 0
+        self._resumed_epoch: int | None = None
         bytes_of_one = 3 * image_size[0] * image_size[1] * torch.float32.itemsize
         read_at_once = images.batch_size or 1
         self._pool_size = max(1, POOL_BYTES // (bytes_of_one * read_at_once)) * read_at_once
         self._keeps = same_every_epoch and len(images.dataset) <= self._pool_size
-        self._kept: torch.Tensor | None = None
+        self._kept: Prepared | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch."""
         full, rest = divmod(len(self.images.dataset), self._pool_size)
-        return full * self._steps(self._pool_size) + self._steps(rest)
+        return full * len(self._shares(self._pool_size)) + len(self._shares(rest))
 
     def __iter__(self) -> Iterator[Draws]:
-        """Yield the steps of epoch ``epoch``."""
+        """Yield the steps of epoch ``epoch``, or those that are left of the epoch in which the run was cut off."""
+        first = self._next_step if self._resumed_epoch == self.epoch else 0
+        self._resumed_epoch = None
+        self._next_step = 0
         # Apart enough that the epochs of two seeds do not repeat each other's draws.
         seed = self.seed * 1_000_003 + self.epoch
         generator = torch.Generator().manual_seed(seed)
         for pool in self._kept_pool() if self._keeps else self._pools(seed):
-            draws = self.draw(pool, self.draws_per_image, generator=generator)
-            for step in range(self._steps(len(pool))):
-                yield _take(draws, slice(step * self.batch_size, (step + 1) * self.batch_size))
+            self.names = pool.names
+            draws = self.draw(pool.images, self.draws_per_image, generator=generator)
+            for share in self._shares(len(pool.images)):
+                self._next_step += 1
+                if self._next_step > first:
+                    yield _take(draws, share)
 
-    def _steps(self, images: int) -> int:
-        return math.ceil(images * self.draws_per_image / self.batch_size)
+    def state_dict(self) -> dict[str, int]:
+        """Tell the epoch and how many of its steps were taken."""
+        return {"epoch": self.epoch, "steps": self._next_step}
 
-    def _kept_pool(self) -> Iterator[torch.Tensor]:
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on after the steps that were taken, if the same epoch goes on."""
+        self.epoch = self._resumed_epoch = state_dict["epoch"]
+        self._next_step = state_dict["steps"]
+
+    def _shares(self, images: int) -> list[slice]:
+        """Tell which draws of a pool are this process's, step by step."""
+        count = images * self.draws_per_image
+        shares = []
+        for start in range(0, count, self.batch_size):
+            size = (min(start + self.batch_size, count) - start) // self._world_size
+            if size > 0:
+                shares.append(slice(start + self._rank * size, start + (self._rank + 1) * size))
+        return shares
+
+    def _kept_pool(self) -> Iterator[Prepared]:
         if self._kept is None:
             # In an order that does not depend on the epoch, so that a resumed run makes the same draws.
             (self._kept,) = self._pools(self.seed)
         yield self._kept
 
-    def _pools(self, seed: int) -> Iterator[torch.Tensor]:
+    def _pools(self, seed: int) -> Iterator[Prepared]:
         if self.images.generator is not None:
             self.images.generator.manual_seed(seed)
-        pool: list[torch.Tensor] = []
+        pool: list[Prepared] = []
         for batch in self.images:
             pool.append(self.prepare(batch))
-            if sum(map(len, pool)) >= self._pool_size:
-                yield torch.cat(pool)
+            if sum(len(part.images) for part in pool) >= self._pool_size:
+                yield _pooled(pool)
                 pool = []
         if pool:
-            yield torch.cat(pool)
+            yield _pooled(pool)
+
+
+def _pooled(parts: list[Prepared]) -> Prepared:
+    return Prepared(torch.cat([part.images for part in parts]), [name for part in parts for name in part.names])
 
 
 def _take(draws: Draws, part: slice) -> Draws:

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 
 from anomalib_intra.batch import InTraBatch, is_normal
+from anomalib_intra.checkpoints import BestCheckpoint, LastCheckpoint
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.flat_check import FlatCheck
@@ -167,18 +168,9 @@ class InTra(DrawnModule):
             callbacks.append(EarlyStopping("val_loss", mode="min", patience=self.patience))
         checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
         if len(checkpoints) == 1 and _is_engine_default(checkpoints[0]):
-            # Takes the place of the Engine's own, which keeps the last epoch; "last" is there to resume from.
-            callbacks.append(
-                ModelCheckpoint(
-                    dirpath=checkpoints[0].dirpath,
-                    filename="model",
-                    monitor="val_loss",
-                    mode="min",
-                    save_last=True,
-                    auto_insert_metric_name=False,
-                    enable_version_counter=False,
-                )
-            )
+            # The Engine's own keeps the last epoch, without its validation loss.
+            present.remove(checkpoints[0])
+            callbacks += [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
         return callbacks
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -211,6 +203,8 @@ class InTra(DrawnModule):
             self.image_size,
             seed,
             images.same_every_epoch,
+            self.trainer.global_rank,
+            self.trainer.world_size,
         )
 
     @property
@@ -269,12 +263,12 @@ class InTra(DrawnModule):
             original, inpainted = (
                 rearrange(patchify(x, self.patch_size), "b n m d -> (b n m) d") for x in (images, reconstructions)
             )
-            loss = self.loss(self._as_images(original), self._as_images(inpainted))
-            self.log("val_loss", loss, prog_bar=True, on_epoch=True, batch_size=int(normal.sum()), sync_dist=True)
+            self.add_val_loss(self.loss(self._as_images(original), self._as_images(inpainted)), int(normal.sum()))
         return batch
 
     def on_validation_epoch_start(self) -> None:
         """Begin to compare the reconstructions with a flat image anew."""
+        super().on_validation_epoch_start()
         self._flat_check.reset()
 
     def on_train_end(self) -> None:
@@ -305,14 +299,14 @@ class InTra(DrawnModule):
         Args:
             images (NormalImages): The loaders of the run.
         """
-        total, count = 0, 0
+        total, count = torch.zeros(1, 1, *self.image_size, device=self.device), 0
         for batch in track(images.statistics, "Training mean (eq. 17)"):
             batch = self._reconstructed(batch)
             normal = is_normal(batch)
             maps = self.post_processor.difference_map(batch.image[normal], batch.reconstruction[normal])
-            total = total + maps.sum(dim=0, keepdim=True)
+            total += maps.sum(dim=0, keepdim=True)
             count += len(maps)
-        self.post_processor.set_training_mean(total / count)
+        self.post_processor.set_training_mean(self.mean_of_all(total, count))
         for batch in track(images.thresholds, "Thresholds"):
             self.post_processor.observe(self._reconstructed(batch))
         self.post_processor.set_thresholds()

@@ -3,13 +3,14 @@
 
 import copy
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataset
 from anomalib.data.utils import ValSplitMode
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.transforms.v2 import Compose, Resize
 
 logger = logging.getLogger(__name__)
@@ -46,9 +47,41 @@ def held_out_indices(count: int, seed: int = 0) -> list[int]:
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:number].tolist())
 
 
+class Share(DistributedSampler):
+    """Every n-th image for each of n processes, in order.
+
+    Lightning's own way repeats images until all processes have equally many, which changes means, thresholds and
+    metrics.
+
+    Args:
+        dataset (Dataset): Images.
+        rank (int): Number of this process, from 0.
+        num_replicas (int): Number of processes.
+
+    Example:
+        >>> [list(Share([10, 20, 30], rank, 2)) for rank in (0, 1)]
+        [[0, 2], [1]]
+    """
+
+    def __init__(self, dataset: Dataset, rank: int, num_replicas: int) -> None:
+        super().__init__(dataset, num_replicas, rank, shuffle=False)
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield indices of images."""
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+
+    def __len__(self) -> int:
+        """Number of images of this process."""
+        return len(range(self.rank, len(self.dataset), self.num_replicas))
+
+
 @dataclass
 class NormalImages:
     """The loaders of a training run.
+
+    Of several processes, each trains on draws from all images and evaluates a share of them: every n-th image. Where
+    there are fewer held-out images than processes, each takes all of them, since Lightning cannot wait for a process
+    that has nothing to validate.
 
     Args:
         training (DataLoader): Normal images to draw from, shuffled, augmented as the datamodule says.
@@ -73,6 +106,8 @@ class NormalImages:
         datamodule: Any,
         resize: Any = None,
         evaluated_at_once: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> "NormalImages":
         """Sort out the images of a datamodule, or of two plain loaders, without changing either.
 
@@ -87,6 +122,8 @@ class NormalImages:
             resize (Any): Transform of the model, which replaces augmentations for statistics.
             evaluated_at_once (int): Batch size of all loaders but the training one. Small batches let progress bars
                 move while a large model works.
+            rank (int): Number of this process, from 0.
+            world_size (int): Number of processes.
 
         Returns:
             NormalImages: The loaders.
@@ -98,13 +135,17 @@ class NormalImages:
             return _loader(images, train_loader, train_loader.batch_size, shuffle=True)
 
         def evaluation(images: Dataset) -> DataLoader:
-            return _loader(images, val_loader or train_loader, evaluated_at_once)
+            return shared_loader(images, val_loader or train_loader, evaluated_at_once, rank, world_size)
+
+        def validation(images: Dataset) -> DataLoader:
+            ranks = (rank, world_size) if len(images) >= world_size else (0, 1)
+            return shared_loader(images, val_loader or train_loader, evaluated_at_once, *ranks)
 
         mode = getattr(datamodule, "val_split_mode", None)
         has_validation = val_loader is not None and len(val_loader.dataset) > 0
         if has_validation and mode not in SPLITS_FROM_TEST:
-            held_out = evaluation(val_loader.dataset)
-            return cls(training(dataset), evaluation(plain), held_out, held_out, _is_plain(dataset))
+            images = val_loader.dataset
+            return cls(training(dataset), evaluation(plain), validation(images), evaluation(images), _is_plain(dataset))
 
         chosen = held_out_indices(len(dataset))
         if mode in SPLITS_FROM_TEST:
@@ -118,12 +159,12 @@ class NormalImages:
                 len(chosen),
             )
         rest = sorted(set(range(len(dataset))) - set(chosen))
-        held_out = evaluation(Subset(plain, chosen))
+        held_out = Subset(plain, chosen)
         return cls(
             training(Subset(dataset, rest)),
             evaluation(Subset(plain, rest)),
-            held_out,
-            thresholds=evaluation(val_loader.dataset) if has_validation else held_out,
+            validation(held_out),
+            thresholds=evaluation(val_loader.dataset if has_validation else held_out),
             same_every_epoch=_is_plain(dataset),
         )
 
@@ -144,11 +185,30 @@ def _is_plain(dataset: Dataset) -> bool:
     return all(type(one) in (Resize, type(None)) for one in transforms)
 
 
-def _loader(dataset: Dataset, like: DataLoader, batch_size: int, shuffle: bool = False) -> DataLoader:
+def shared_loader(dataset: Dataset, like: DataLoader, batch_size: int, rank: int, world_size: int) -> DataLoader:
+    """Load this process's share of images, in order.
+
+    Args:
+        dataset (Dataset): Images.
+        like (DataLoader): Loader whose workers and collation are taken over.
+        batch_size (int): Images in a batch.
+        rank (int): Number of this process, from 0.
+        world_size (int): Number of processes.
+
+    Returns:
+        DataLoader: The loader.
+    """
+    return _loader(dataset, like, batch_size, sampler=Share(dataset, rank, world_size))
+
+
+def _loader(
+    dataset: Dataset, like: DataLoader, batch_size: int, shuffle: bool = False, sampler: Share | None = None
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
+        sampler=sampler,
         num_workers=like.num_workers,
         collate_fn=like.collate_fn,
         pin_memory=like.pin_memory,

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_intra.draws import DrawLoader
+from anomalib_intra.draws import DrawLoader, Prepared
 from anomalib_intra.lightning_model import InTra
 from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib
 from anomalib_intra.torch_model import InpaintingTransformer
@@ -169,7 +169,13 @@ def _training(intra: InTra, steps: int, device: torch.device, autocast: Callable
     draw = partial(draw_windows, patch_size=intra.patch_size, window_size=intra.window_size, augment=intra.augment)
     per_image = -(-(steps + 1) * intra.window_batch_size // _TRAINING_IMAGES)
     loader = DrawLoader(
-        images, lambda x: x.to(device), draw, per_image, intra.window_batch_size, intra.image_size, seed=0
+        images,
+        lambda x: Prepared(x.to(device), ["random"] * len(x)),
+        draw,
+        per_image,
+        intra.window_batch_size,
+        intra.image_size,
+        seed=0,
     )
     optimizer = intra.configure_optimizers()
     intra.train()

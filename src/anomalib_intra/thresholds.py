@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From raw scores and maps to decisions, without saturation: thresholds and normalized scores of any model."""
 
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,33 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_intra.batch import is_normal
+from anomalib_intra.processes import gathered
+
 # Normalization takes smaller thresholds as this one (decisions do not): zero, of constant images, would divide by zero,
 # and far below it float64 no longer tells scores near 1 apart.
 _SMALLEST_THRESHOLD = 1e-7
+
+
+class _Observed:
+    """Raw values (of images, or of their pixels), with the truth about them where it is known, on the CPU."""
+
+    def __init__(self) -> None:
+        self._values: list[torch.Tensor] = []
+        self._truth: list[torch.Tensor] = []
+        self._normal: list[torch.Tensor] = []
+
+    def add(self, values: torch.Tensor, truth: torch.Tensor | None, is_normal: torch.Tensor) -> None:
+        """Add the values of a batch; ``is_normal`` tells which images are."""
+        self._normal.append(values[is_normal].flatten().cpu())
+        if truth is not None:
+            self._values.append(values.flatten().cpu())
+            self._truth.append(truth.flatten().int().cpu())
+
+    def all(self) -> Iterator[torch.Tensor]:
+        """Give the values whose truth is known, that truth, and the values of normal images."""
+        for parts, kind in ((self._values, torch.float32), (self._truth, torch.int32), (self._normal, torch.float32)):
+            yield torch.cat([torch.empty(0, dtype=kind), *parts])
 
 
 class UnsaturatedPostProcessor(PostProcessor):
@@ -71,8 +97,6 @@ class UnsaturatedPostProcessor(PostProcessor):
         """Forget the thresholds: they belong to weights that are about to change."""
         self._image_threshold.fill_(torch.nan)
         self._pixel_threshold.fill_(torch.nan)
-        self._image_threshold_metric.reset()
-        self._pixel_threshold_metric.reset()
         self._forget()
 
     def observe(self, batch: ImageBatch) -> None:
@@ -81,32 +105,32 @@ class UnsaturatedPostProcessor(PostProcessor):
         Args:
             batch (ImageBatch): Batch with raw scores and maps and, where known, labels and masks.
         """
-        self._image_threshold_metric.update(batch)
-        self._pixel_threshold_metric.update(batch)
-        anomalous = torch.zeros(len(batch), dtype=torch.bool) if batch.gt_label is None else batch.gt_label.cpu()
-        self._anomalies_seen |= bool(anomalous.any())
-        self._normal_scores.append(batch.pred_score.cpu()[~anomalous])
-        self._normal_maps.append(batch.anomaly_map.cpu()[~anomalous])
+        normal = is_normal(batch)
+        self._anomalies_seen |= not bool(normal.all())
+        self._images.add(batch.pred_score, batch.gt_label, normal)
+        self._pixels.add(batch.anomaly_map, batch.gt_mask, normal)
 
     def set_thresholds(self) -> None:
         """Set the thresholds from all images observed since the last call."""
-        normal = bool(self._normal_scores) and torch.cat(self._normal_scores).numel() > 0
-        for threshold, metric, values, quantile in (
-            (self._image_threshold, self._image_threshold_metric, self._normal_scores, self.image_quantile),
-            (self._pixel_threshold, self._pixel_threshold_metric, self._normal_maps, self.pixel_quantile),
+        some_anomalous = bool(gathered(self._image_threshold.new_tensor([float(self._anomalies_seen)])).any())
+        for threshold, metric, observed, quantile in (
+            (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile),
+            (self._pixel_threshold, self._pixel_threshold_metric, self._pixels, self.pixel_quantile),
         ):
-            if self._anomalies_seen and metric.update_called:
+            values, truth, normal = (gathered(part.to(threshold.device)) for part in observed.all())
+            if some_anomalous and len(values):
+                metric.update(SimpleNamespace(**dict(zip(metric.fields, (values, truth), strict=True))))
                 threshold.copy_(metric.compute())
-            elif normal:
+                metric.reset()
+            elif len(normal):
                 # NumPy, since torch.quantile takes no more than 16 million values.
-                threshold.fill_(float(np.quantile(torch.cat(values).numpy(), quantile)))
-            metric.reset()
+                threshold.fill_(float(np.quantile(normal.cpu().numpy(), quantile)))
         self._forget()
 
     def _forget(self) -> None:
         self._anomalies_seen = False
-        self._normal_scores: list[torch.Tensor] = []
-        self._normal_maps: list[torch.Tensor] = []
+        self._images = _Observed()
+        self._pixels = _Observed()
 
     # ---- inference ---------------------------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
+from anomalib_intra.processes import gathered
 
 
 class PatchSVDD(DrawnModule):
@@ -114,6 +115,8 @@ class PatchSVDD(DrawnModule):
             self.image_size,
             seed,
             images.same_every_epoch,
+            self.trainer.global_rank,
+            self.trainer.world_size,
         )
 
     def on_fit_start(self) -> None:
@@ -159,10 +162,14 @@ class PatchSVDD(DrawnModule):
         normal = is_normal(batch)
         if normal.any():
             images = torch.as_tensor(batch.image[normal])
-            draws = draw_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(batch_idx))
-            loss = self._loss_of(draws, noise=0.0).total
-            self.log("val_loss", loss, prog_bar=True, batch_size=len(draws), sync_dist=True)
+            draws = draw_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(self._number(batch_idx)))
+            self.add_val_loss(self._loss_of(draws, noise=0.0).total, len(draws))
         return batch
+
+    def _number(self, batch_idx: int) -> int:
+        """Number a batch as a single process would."""
+        share = self._images.held_out.sampler
+        return share.rank + batch_idx * share.num_replicas
 
     def _loss_of(self, draws: PairBatch, **noise: float) -> LossTerms:
         return self.loss(self.model.encode_pairs(cut_pairs(draws, self.model.mean_image, **noise)))
@@ -188,7 +195,7 @@ class PatchSVDD(DrawnModule):
             features = self.model.encode(torch.as_tensor(batch.image[is_normal(batch)]))
             small.append(rearrange(features.small, "b d h w -> (b h w) d"))
             big.append(rearrange(features.big, "b d h w -> (b h w) d"))
-        self.model.bank_small, self.model.bank_big = torch.cat(small), torch.cat(big)
+        self.model.bank_small, self.model.bank_big = (gathered(torch.cat(bank)) for bank in (small, big))
         for batch in track(images.thresholds, "Thresholds"):
             self.post_processor.observe(self.test_step(self.on_device(batch)))
         self.post_processor.set_thresholds()

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, and how both are written."""
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from anomalib.callbacks import ModelCheckpoint
+from anomalib.engine.plugins import AnomalibCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+#: Seconds of training that are lost at most.
+_MOST_LOST = 300.0
+#: Share of the time that may go into saving at the ends of epochs.
+_SHARE_FOR_SAVING = 0.05
+
+
+class AtomicCheckpointIO(AnomalibCheckpointIO):
+    """Writes a checkpoint beside the old one and then puts it in its place, in one step.
+
+    A full disk, a lost connection or a kill while saving leaves the old checkpoint as it was.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        """Save a checkpoint.
+
+        Args:
+            checkpoint (dict): What to save.
+            path (str | PathLike): Where; a remote address is left to Lightning.
+            storage_options (Any): Not used for files.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        _write(Path(path), lambda part: torch.save(checkpoint, part))
+
+
+def _write(target: Path, write: Callable[[Path], object]) -> None:
+    part = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(part)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+        part.replace(target)
+    except (OSError, RuntimeError) as error:  # torch wraps what the system says into a RuntimeError
+        part.unlink(missing_ok=True)
+        kept = "the checkpoint that was there before is still whole" if target.is_file() else "nothing was there before"
+        msg = (
+            f"Could not write the checkpoint {target} ({error}); {kept}. Make room, or make the folder writable, and "
+            "go on from last.ckpt in the same folder with ckpt_path (--ckpt_path)."
+        )
+        raise OSError(msg) from error
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the epoch with the lowest validation loss, as ``model.ckpt``.
+
+    A run that is resumed into a new folder brings the best checkpoint so far along.
+
+    Args:
+        dirpath (str | Path | None): Folder for the checkpoint.
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="model",
+            monitor="val_loss",
+            mode="min",
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        self._trainer: Trainer | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember which checkpoint the run is resumed from."""
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best epoch so far over from the run that is resumed."""
+        best = Path(state_dict["best_model_path"])
+        if state_dict["best_model_path"] and self._trainer is not None and state_dict["dirpath"] != self.dirpath:
+            # Where the folder was moved, the best checkpoint lies beside the one that is resumed from.
+            places = (Path(self._trainer.ckpt_path or "").with_name(best.name), best)
+            found = next((place for place in places if place.is_file()), None)
+            if found is None:
+                logger.warning(
+                    "The best checkpoint so far, %s, is not there any more: the best of the epochs from now on is kept."
+                    " To go on with the best so far, put model.ckpt beside the checkpoint that is resumed from.",
+                    best,
+                )
+            else:
+                here = Path(self.dirpath or ".") / best.name
+                if self._trainer.is_global_zero and found.resolve() != here.resolve():
+                    _write(here, lambda part: shutil.copyfile(found, part))
+                self._trainer.strategy.barrier()
+                state_dict = {
+                    **state_dict,
+                    "dirpath": self.dirpath,
+                    "best_model_path": str(here),
+                    "kth_best_model_path": str(here),
+                    "best_k_models": {str(here): state_dict["best_model_score"]},
+                    "last_model_path": "",
+                }
+        super().load_state_dict(state_dict)
+
+
+class LastCheckpoint(Checkpoint):
+    """Saves ``last.ckpt`` to resume from: at the ends of epochs, within long ones, and when told to stop.
+
+    At most five minutes of training are lost. At the ends of short epochs it saves only as often as costs a twentieth
+    of the time. Ctrl-C ends the step, saves and stops; a second one stops at once.
+
+    Args:
+        dirpath (str | Path | None): Folder for the checkpoint. Defaults to ``weights`` in the run's folder.
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str] | None = None) -> None:
+        self.dirpath = dirpath
+        self.path: Path | None = None
+        self._saved_step: int | None = None
+        self._saved_at = self._saving_took = 0.0
+        self._told_to_stop = False
+        self._handler_before: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out where to save."""
+        del pl_module, stage
+        dirpath = trainer.strategy.broadcast(str(self.dirpath or Path(trainer.default_root_dir) / "weights"))
+        self.path = Path(dirpath) / "last.ckpt"
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, and let Ctrl-C end the step instead of breaking into it."""
+        del pl_module
+        self._saved_at = time.monotonic()
+        self._told_to_stop = False
+        if threading.current_thread() is threading.main_thread():
+            self._handler_before = signal.signal(signal.SIGINT, lambda *_: self._stop(trainer))
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Save within a long epoch, or when told to stop."""
+        del pl_module, args, kwargs
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            return  # validation and the end of the epoch follow
+        wanted = self._told_to_stop or time.monotonic() - self._saved_at > _MOST_LOST
+        if trainer.strategy.reduce_boolean_decision(wanted, all=False):
+            self._save(trainer)
+        if self._told_to_stop:
+            raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save where that is cheap."""
+        del pl_module
+        cheap = time.monotonic() - self._saved_at >= self._saving_took / _SHARE_FOR_SAVING
+        if trainer.strategy.reduce_boolean_decision(cheap or self._told_to_stop, all=False):
+            self._save(trainer)
+        if self._told_to_stop:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the end of the run, so that it can be made longer."""
+        del pl_module
+        if self._saved_step != trainer.global_step:
+            self._save(trainer)
+        self._restore_handler()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say how to go on."""
+        del pl_module
+        self._restore_handler()
+        if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt):
+            there = self.path is not None and self.path.is_file()
+            logger.warning(
+                "Training was stopped. %s",
+                f"Go on with --ckpt_path {self.path}. Its checkpoints are not calibrated: `anomalib test` does that."
+                if there
+                else "Nothing had been saved yet.",
+            )
+
+    def _save(self, trainer: Trainer) -> None:
+        started = time.monotonic()
+        trainer.save_checkpoint(self.path)
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+        self._saving_took = self._saved_at - started
+
+    def _stop(self, trainer: Trainer) -> None:
+        if self._told_to_stop or not trainer.training:
+            raise KeyboardInterrupt
+        self._told_to_stop = True
+        logger.warning("Stopping after this step. Ctrl-C again stops at once.")
+
+    def _restore_handler(self) -> None:
+        if self._handler_before is not None:
+            signal.signal(signal.SIGINT, self._handler_before)
+            self._handler_before = None
