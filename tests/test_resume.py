@@ -90,18 +90,18 @@ def test_a_run_cut_at_an_epochs_end_ends_with_the_weights_of_one_that_was_not(
 def test_a_run_cut_within_an_epoch_goes_on_at_the_step_that_was_saved(
     uncut: tuple, demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
-    class Crash(Exception):
+    class CrashError(Exception):
         pass
 
     class SavesEachStep(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
             if trainer.global_step == step:
-                raise Crash
+                raise CrashError
 
     monkeypatch.setattr(checkpoints_module, "_MOST_LOST", -1.0)
     seed_everything(5)
     engine = tiny_engine(tmp_path, max_epochs=EPOCHS, callbacks=[SavesEachStep()])
-    with pytest.raises(Crash):
+    with pytest.raises(CrashError):
         engine.fit(tiny_intra(), datamodule=TextureDemo(demo_root, num_workers=0))
     log = Log()
     resumed = fit(tmp_path, demo_root, tmp_path / RUN / "v0" / LAST, log)
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_the_checkpoint_of_before_whole(tmp_path: Path) -> No
     with full_disk(50_000), pytest.raises(OSError, match=r"Could not write .*last\.ckpt .*still whole.*Make room"):
         AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(100_000)}, path)
     assert torch.equal(torch.load(path, weights_only=True)["weights"], checkpoint["weights"])
-    assert os.listdir(tmp_path) == ["last.ckpt"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_cannot_be_written_leaves_the_checkpoint_of_before_whole(tmp_path: Path, monkeypatch) -> None:
@@ -326,4 +326,5 @@ def test_a_loss_that_is_no_number_is_found_before_saving_where_it_was_not_looked
 
 
 def test_engine_keeps_one_best_and_one_last_checkpoint(uncut: tuple) -> None:
-    assert sorted(os.listdir(uncut[2] / "weights/lightning")) == ["last.ckpt", "model.ckpt"]
+    folder = uncut[2] / "weights/lightning"
+    assert sorted(folder.iterdir()) == [folder / "last.ckpt", folder / "model.ckpt"]

@@ -29,6 +29,7 @@ from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages, shared_loader
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
 from anomalib_intra.random_state import random_state, set_random_state
+from anomalib_intra.run_folder import share_run_folder
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
 
 logger = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class DrawnModule(AnomalibModule):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Save checkpoints so that none is lost, and share images out so that none is evaluated twice.
+        """Save checkpoints so that none is lost; let several processes share one folder, and the images to evaluate.
 
         Args:
             stage (str): Lightning's name of what begins.
@@ -167,6 +168,8 @@ class DrawnModule(AnomalibModule):
             strategy.checkpoint_io = AtomicCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
         elif type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO(self.checkpoint_safe_globals())
+        if self.trainer.world_size > 1 and stage == "fit":
+            share_run_folder(self.trainer)
         loops = {"test": self.trainer.test_loop, "validate": self.trainer.validate_loop}
         if self.trainer.world_size > 1 and stage in loops:
             source = loops[stage]._data_source
