@@ -2,7 +2,6 @@
 """Several processes share a run's work and come to what one process comes to."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,11 +87,11 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     """Train and test; give what this process saw."""
     seed_everything(5)
     log = Log()
-    model = tiny_intra(patience=2) if kind == "intra" else PatchSVDD((64, 64), pairs_per_image=4, pair_batch_size=32)
-    # 48 training images, 5 held out (odd) and 52 test images.
+    model = tiny_intra(patience=2) if kind == "intra" else PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
+    # 54 training images, 6 held out, 52 test images.
     datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=7)
     several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    engine = tiny_engine(root, callbacks=[log], max_epochs=3, logger=False, **several)
+    engine = tiny_engine(root, callbacks=[log], max_epochs=3 if kind == "intra" else 1, logger=False, **several)
     results = engine.train(model, datamodule=datamodule)
     processor = model.post_processor
     mean = processor.training_mean if kind == "intra" else model.model.mean_image
@@ -115,7 +114,7 @@ if __name__ == "__main__":
     (out / f"{rank}.json").write_text(json.dumps(seen))
 
 
-@pytest.fixture(scope="module", params=["intra", "patch_svdd"])
+@pytest.fixture(scope="module", params=["intra", pytest.param("patch_svdd", marks=pytest.mark.slow)])
 def runs(request, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
     kind, root = request.param, tmp_path_factory.mktemp("processes")
     done = subprocess.run(
@@ -139,10 +138,12 @@ def test_windows_of_an_epoch_are_shared_out_without_overlap(runs: tuple) -> None
 
 
 def test_losses_and_weights_are_those_of_one_process(runs: tuple) -> None:
-    _, alone, several = runs
+    kind, alone, several = runs
+    # Patch-SVDD adds noise to its patches, which every process draws for itself.
+    loss, weights = (1e-4, 1e-3) if kind == "intra" else (1e-2, 5e-2)
     for part in several:
-        assert part["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
-        assert part["weights"] == pytest.approx(alone["weights"], rel=1e-3, abs=1e-3)
+        assert part["val_loss"] == pytest.approx(alone["val_loss"], rel=loss)
+        assert part["weights"] == pytest.approx(alone["weights"], rel=weights, abs=weights)
 
 
 def test_processes_agree_with_each_other_to_the_last_digit(runs: tuple) -> None:
