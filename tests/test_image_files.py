@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files as they come: damaged, of other depths and colours, turned, tiny, huge, with odd names."""
 
-import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, PredictDataset
@@ -18,7 +19,9 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin
 from torch.utils.data import DataLoader, Subset
 
 from anomalib_intra import InTra, MVTec, TextureDemo
+from anomalib_intra.batch import InTraBatch
 from anomalib_intra.image_files import check_image_files
+from anomalib_intra.post_processor import _masks_of_files
 
 from .conftest import tiny_engine, tiny_intra
 
@@ -241,7 +244,7 @@ def test_images_1_pixel_wide_or_high_are_scored(model: InTra, tmp_path: Path, he
 
 
 def test_image_of_10000_x_10000_pixels_is_scored_in_bounded_memory(tmp_path: Path) -> None:
-    """100 million pixels are 1.2 GB as float32 RGB; the peak may be twice that (the decoded file beside it)."""
+    """100 million pixels are 1.2 GB as float32 RGB; two copies of that are there at the peak, and never a third."""
     Image.new("L", (10_000, 10_000), 90).save(tmp_path / "huge.png")
     program = f"""
 import resource, torch
@@ -258,7 +261,7 @@ print("grew by", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, "K
     )
     grown = re.search(r"grew by (\d+) KiB", done.stdout)
     assert grown, done.stderr
-    assert int(grown[1]) * 1024 < 2 * 3 * 10_000**2 * 4
+    assert int(grown[1]) * 1024 < 2.5 * (3 * 10_000**2 * 4)
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------
@@ -303,26 +306,20 @@ def test_masks_1_pixel_wide_are_refused(model: InTra, tmp_path: Path) -> None:
         tiny_engine(tmp_path / "r").test(model, datamodule=parts(tmp_path / "thin", (64, 1), (64, 1)))
 
 
-def test_original_size_joins_several_masks_of_an_image(model: InTra, tmp_path: Path) -> None:
-    from anomalib.data import MVTecLOCO
-
-    root = tmp_path / "LOCO" / "breakfast_box"
-    for folder in ("train/good", "test/good", "test/logical_anomalies", "ground_truth/logical_anomalies/000"):
-        (root / folder).mkdir(parents=True)
-    for folder in ("train/good", "test/good", "test/logical_anomalies"):
-        picture().save(root / folder / "000.png")
-    for number in range(2):
-        mask = np.zeros((64, 64), dtype=np.uint8)
+def test_original_size_joins_several_masks_of_an_image(tmp_path: Path) -> None:
+    """As in MVTec LOCO, whose datamodule of anomalib 2.7 does not run with pandas 3."""
+    images = [str(tmp_path / f"{number}.png") for number in range(3)]
+    masks = []
+    for number in range(3):
+        mask = np.zeros((64, 96), dtype=np.uint8)
         mask[:, 8 * number] = 255
-        Image.fromarray(mask).save(root / "ground_truth/logical_anomalies/000" / f"{number:03}.png")
-    datamodule = MVTecLOCO(tmp_path / "LOCO", category="breakfast_box", num_workers=0, val_split_mode="none")
-    datamodule.setup()
-    (batch,) = datamodule.test_dataloader()
-    batch.anomaly_map = torch.zeros(len(batch), 64, 64)
-    from anomalib_intra.post_processor import _masks_of_files
-
-    masks = _masks_of_files(datamodule.test_data, batch)
-    assert {int(mask.sum()) for mask in masks} == {0, 2 * 64}
+        masks.append(str(tmp_path / f"mask_{number}.png"))
+        Image.fromarray(mask).save(masks[-1])
+    samples = pd.DataFrame({"image_path": images, "mask_path": [masks[:2], masks[2], ""]})
+    batch = InTraBatch(image=torch.rand(3, 3, 64, 64), anomaly_map=torch.rand(3, 64, 96), image_path=images)
+    joined = _masks_of_files(SimpleNamespace(samples=samples), batch)
+    assert joined.shape == (3, 64, 96)
+    assert joined.sum(dim=(1, 2)).tolist() == [2 * 64, 64, 0]
 
 
 # ---- folders and names -----------------------------------------------------------------------------------------------
@@ -339,7 +336,7 @@ def test_empty_folders_are_refused_by_name(model: InTra, tmp_path: Path) -> None
         tiny_engine(tmp_path / "r").fit(tiny_intra(), datamodule=Folder("parts", empty, root=tmp_path))
     (empty / "test" / "good").mkdir(parents=True)
     picture().save(empty / "test" / "good" / "000.png")
-    with pytest.raises(ValueError, match="at least 2 normal training images.*found 0"):
+    with pytest.raises(ValueError, match=r"at least 2 normal training images.*found 0"):
         tiny_engine(tmp_path / "r").fit(tiny_intra(), datamodule=MVTec(tmp_path / "MVTecAD", num_workers=0))
 
 
