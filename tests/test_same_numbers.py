@@ -63,6 +63,8 @@ def test_scores_depend_neither_on_batch_size_nor_on_order(reference: tuple, demo
     permuted = by_path(engine.predict(model, dataloaders=loader))
     assert list(permuted) != list(expected)
     assert set(permuted) == set(in_batches) == set(expected)
-    for path, values in expected.items():
-        for got in (in_batches[path], permuted[path]):
-            torch.testing.assert_close(got, values, rtol=0, atol=1e-6)
+    for path, (score, anomaly_map) in expected.items():
+        for score_now, map_now in (in_batches[path], permuted[path]):
+            assert score_now.item() == pytest.approx(score.item(), abs=1e-6)
+            # Of 4096 pixels, some lie where normalization is steepest: up to 1.5e-6 with some matrix products.
+            torch.testing.assert_close(map_now, anomaly_map, rtol=0, atol=1e-5)
