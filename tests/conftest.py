@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import socket
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,29 @@ TINY = {
     "windows_per_image": 8,
     "window_batch_size": 32,
 }
+
+
+def only_local(address: object) -> None:
+    """Refuse a connection to anything but this machine."""
+    is_local = not isinstance(address, tuple) or address[0] in ("localhost", "127.0.0.1", "::1")
+    if not is_local:
+        msg = f"Tests must not use the network: connection to {address} refused."
+        raise ConnectionRefusedError(msg)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """No test may talk to another machine; processes of one machine may talk to each other."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("connect", "connect_ex"):
+            allowed = getattr(socket.socket, name)
+
+            def refuse(self: socket.socket, address: object, allowed: Callable = allowed) -> object:
+                only_local(address)
+                return allowed(self, address)
+
+            patch.setattr(socket.socket, name, refuse)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ import torch
 import anomalib_intra
 from anomalib_intra.torch_model import InpaintingTransformer
 
+from .reference import reference_inpaint, reference_patches, reference_reconstruct
+
 K, D, HEADS = 4, 8, 2
 PACKAGE = Path(anomalib_intra.__file__).parent
 
@@ -33,92 +35,6 @@ def build(image_size=(16, 20), window_size=3, depth=3, seed=0, **options):
 
 def rand(*shape, seed=0, dtype=torch.float64):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-
-
-# ---- the reference: one window at a time, written from the paper -----------------------------------------------------
-
-
-def linear(layer, x):
-    return layer.weight.detach().numpy() @ x + layer.bias.detach().numpy()
-
-
-def mlp(layers, x):
-    hidden = np.array([0.5 * h * (1 + math.erf(h / math.sqrt(2))) for h in linear(layers.fc1, x)])
-    return linear(layers.fc2, hidden)
-
-
-def layer_norm(layer, x):
-    mean = sum(x) / len(x)
-    variance = sum((value - mean) ** 2 for value in x) / len(x)
-    scaled = np.array([(value - mean) / math.sqrt(variance + 1e-5) for value in x])
-    return scaled * layer.weight.detach().numpy() + layer.bias.detach().numpy()
-
-
-def self_attention(module, sequence, attention):
-    """Eq. 6-9 ("msa"), or with eq. 10 in place of eq. 6 ("mfsa")."""
-    project = linear if attention == "msa" else mlp
-    q = [project(module.query, y) for y in sequence]
-    k = [project(module.key, y) for y in sequence]
-    v = [linear(module.value, y) for y in sequence]
-    head_q, head_v = len(q[0]) // HEADS, len(v[0]) // HEADS
-    result = []
-    for a in range(len(sequence)):
-        heads = []
-        for h in range(HEADS):
-            part = slice(h * head_q, (h + 1) * head_q)
-            weights = [math.exp(q[a][part] @ k[b][part] / math.sqrt(head_q)) for b in range(len(sequence))]
-            heads.append(
-                sum(weights[b] / sum(weights) * v[b][h * head_v : (h + 1) * head_v] for b in range(len(sequence)))
-            )
-        result.append(linear(module.unify, np.concatenate(heads)))
-    return result
-
-
-def reference_inpaint(model, patches, r, s, t, u, attention, position, readout, long_residuals):
-    """Inpaint (t, u) from the window at (r, s) of a grid of patches, shape (N, M, K * K * 3); all 1-based."""
-    L, M = model.window_size, patches.shape[1]
-    embedding = model.patch_embedding.weight.detach().numpy().T
-    posemb = model.position_embedding.detach().numpy()
-
-    def f(i, j):
-        return (i - r) * L + j - s + 1 if position == "local" else (i - 1) * M + j
-
-    z = model.inpaint_embedding.detach().numpy() + posemb[f(t, u) - 1]  # eq. 4
-    sequence = [z]  # eq. 5: the patch to inpaint comes first
-    for i in range(r, r + L):
-        for j in range(s, s + L):
-            if (i, j) != (t, u):
-                sequence.append(patches[i - 1, j - 1] @ embedding + posemb[f(i, j) - 1])  # eq. 3
-
-    n = len(model.blocks)
-    source_of = {n - 1 - i: i for i in range(n // 2)} if long_residuals else {}
-    outputs = []
-    for number, block in enumerate(model.blocks):
-        if number in source_of:
-            sequence = [y + early for y, early in zip(sequence, outputs[source_of[number]], strict=True)]
-        attended = self_attention(block.attention, [layer_norm(block.norm1, y) for y in sequence], attention)
-        sequence = [y + a for y, a in zip(sequence, attended, strict=True)]
-        sequence = [y + mlp(block.mlp, layer_norm(block.norm2, y)) for y in sequence]
-        outputs.append(sequence)
-
-    vector = sum(sequence) / len(sequence) if readout == "mean" else sequence[0]
-    return linear(model.to_pixels, vector)
-
-
-def reference_patches(image):
-    """Patches of one image, elements ordered row, column, channel."""
-    _, height, width = image.shape
-    patches = np.zeros((height // K, width // K, K * K * 3))
-    for y in range(height):
-        for x in range(width):
-            for c in range(3):
-                patches[y // K, x // K, ((y % K) * K + x % K) * 3 + c] = image[c, y, x]
-    return patches
-
-
-def reference_origin(c, length, L):
-    g = max(1, c - L // 2)
-    return g - max(0, g + L - length - 1)
 
 
 VARIANTS = [
@@ -142,7 +58,7 @@ def test_inpaint_equals_the_reference_in_corners_at_borders_and_inside(
     model = build(
         depth=depth, attention=attention, position=position, readout=readout, long_residuals=long_residuals, seed=depth
     )
-    patches = reference_patches(rand(3, rows * K, columns * K, seed=1).numpy())
+    patches = reference_patches(rand(3, rows * K, columns * K, seed=1).numpy(), K)
     # (r, s, t, u): the grid's corners, its borders, its middle; hidden patches at all kinds of places in the window.
     places = [(1, 1, 1, 1), (1, 3, 1, 5), (2, 1, 4, 1), (2, 3, 4, 5), (1, 2, 1, 3), (2, 2, 3, 2), (2, 3, 2, 4)]
     windows = torch.stack(
@@ -182,19 +98,12 @@ def test_reconstruct_equals_the_reference_patch_by_patch(size, window_size, opti
     images = rand(2, 3, *size, seed=2)
     got = model.reconstruct(images).detach().numpy()
     got_single = copy.deepcopy(model).float().reconstruct(images.float()).detach().numpy()
-    rows, columns = size[0] // K, size[1] // K
     choices = {"attention": "mfsa", "position": "global", "readout": "mean", "long_residuals": True}
     choices |= {key: value for key, value in options.items() if key in choices}
-    for b in range(len(images)):
-        patches = reference_patches(images[b].numpy())
-        for t in range(1, rows + 1):
-            for u in range(1, columns + 1):
-                r, s = reference_origin(t, rows, window_size), reference_origin(u, columns, window_size)
-                expected = reference_inpaint(model, patches, r, s, t, u, **choices)
-                expected = expected.reshape(K, K, 3).transpose(2, 0, 1)
-                where = (b, slice(None), slice((t - 1) * K, t * K), slice((u - 1) * K, u * K))
-                np.testing.assert_allclose(got[where], expected, rtol=1e-9, atol=1e-10)
-                np.testing.assert_allclose(got_single[where], expected, rtol=1e-5, atol=1e-5)
+    for b, image in enumerate(images):
+        expected = reference_reconstruct(model, image.numpy(), **choices)
+        np.testing.assert_allclose(got[b], expected, rtol=1e-9, atol=1e-10)
+        np.testing.assert_allclose(got_single[b], expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- the hidden patch ------------------------------------------------------------------------------------------------

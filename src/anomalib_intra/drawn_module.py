@@ -25,6 +25,7 @@ from anomalib_intra.batch import UnroundedBatch, is_normal
 from anomalib_intra.checkpoints import AtomicCheckpointIO
 from anomalib_intra.draws import DrawLoader, Draws, Prepared
 from anomalib_intra.finite_loss import FiniteLoss
+from anomalib_intra.image_files import check_image_files
 from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages, shared_loader
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
@@ -267,16 +268,19 @@ class DrawnModule(AnomalibModule):
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Make sure that the model is calibrated where it is validated outside training."""
+        """Make sure that images and model are fit for validation outside training."""
         if self.trainer.state.fn != "fit":
+            check_image_files(self.trainer.val_dataloaders)
             self._ensure_calibrated()
 
     def on_test_start(self) -> None:
-        """Make sure that the model is calibrated."""
+        """Make sure that images and model are fit for a test."""
+        check_image_files(self.trainer.test_dataloaders)
         self._ensure_calibrated()
 
     def on_predict_start(self) -> None:
-        """Make sure that the model is calibrated."""
+        """Make sure that images and model are fit for prediction."""
+        check_image_files(self.trainer.predict_dataloaders)
         self._ensure_calibrated()
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -301,6 +305,20 @@ class DrawnModule(AnomalibModule):
         return self.test_step(batch)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:
+        """Load a model from a checkpoint, which can run no code.
+
+        Args:
+            *args (Any): As for ``AnomalibModule.load_from_checkpoint``.
+            **kwargs (Any): The same.
+
+        Returns:
+            AnomalibModule: The model.
+        """
+        # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
+        return super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the seed of the draws and the random state beside what anomalib stores; never store broken weights."""
@@ -357,6 +375,7 @@ class DrawnModule(AnomalibModule):
             if loader is not None and not isinstance(loader, DataLoader):
                 msg = f"{self.name} takes one DataLoader for training and one for validation, not {type(loader)}."
                 raise TypeError(msg)
+        check_image_files([train_loader, val_loader])
         transform = self.pre_processor.transform if self.pre_processor is not None else None
         return NormalImages.of(
             train_loader,

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.functional import interpolate
 
 from anomalib_intra.batch import InTraBatch
+from anomalib_intra.image_files import mask_files
 from anomalib_intra.similarity import gms_difference
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.torch_model import Reconstruction
@@ -270,9 +271,8 @@ def _masks_of_files(dataset: Any, batch: InTraBatch) -> torch.Tensor:
     size = batch.anomaly_map.shape[-2:]
     masks = []
     for image_path in batch.image_path:
-        mask_path = mask_paths[image_path]
-        if isinstance(mask_path, str) and mask_path:
-            masks.append(torch.as_tensor(read_mask(mask_path, as_tensor=True)))
-        else:
-            masks.append(torch.zeros(size, dtype=torch.uint8))
+        mask = torch.zeros(size, dtype=torch.uint8)
+        for path in mask_files(mask_paths[image_path]):
+            mask |= torch.as_tensor(read_mask(path, as_tensor=True))
+        masks.append(mask)
     return torch.stack(masks)

@@ -7,6 +7,7 @@ from typing import Any
 from anomalib.data import MVTecAD
 from anomalib.data.datasets.image.mvtecad import CATEGORIES
 from anomalib.data.utils import ValSplitMode
+from anomalib.data.utils.path import contains_non_printable_characters, is_path_too_long
 
 from anomalib_intra.normal_images import held_out_indices
 
@@ -25,7 +26,7 @@ class MVTec(MVTecAD):
         **kwargs: As for :class:`anomalib.data.MVTecAD` (batch sizes, workers, augmentations, ...).
 
     Raises:
-        ValueError: If there is no such category.
+        ValueError: If there is no such category, or anomalib does not read from such a path.
 
     Example:
         >>> MVTec(category="bottle").name
@@ -53,6 +54,13 @@ metal_nut, pill, screw, tile, toothbrush, transistor, wood, zipper.
     ) -> None:
         if category not in self.categories:
             msg = f"{self.name} has no category {category!r}; it has {', '.join(self.categories)}."
+            raise ValueError(msg)
+        folder = Path(root) / category
+        if contains_non_printable_characters(folder) or is_path_too_long(folder):
+            msg = (
+                f"anomalib reads data sets only from paths of at most 512 ASCII characters, not from {folder}: give "
+                "root as a shorter path, one relative to the working directory, or a link."
+            )
             raise ValueError(msg)
         super().__init__(
             root=root,

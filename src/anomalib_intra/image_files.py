@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A look at the image files of a run before it reads them: some would be read wrongly without a word."""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from anomalib.data import AnomalibDataset, PredictDataset
+from anomalib.data.utils import LabelName
+from PIL import ExifTags, Image
+from torch.utils.data import Subset
+
+logger = logging.getLogger(__name__)
+
+#: Unusable files that an error names.
+_NAMED = 5
+
+_END_OF_JPEG = b"\xff\xd9"
+
+
+def check_image_files(loaders: Any) -> None:
+    """Refuse the files of a run if some cannot be read, or would not be read as they are meant.
+
+    anomalib reads images as 8-bit RGB, with the pixels as they are stored. Therefore
+
+    - empty, damaged and truncated files and files that are no images are refused, before hours of training;
+    - 16-bit grey, 32-bit and floating-point files are refused: they would be clipped, 16-bit ones to plain white. (Of
+      16 bits per colour, the upper 8 are read, which is right.);
+    - masks of another size than their image are refused: resized with it, they would lie beside the anomaly;
+    - an alpha channel is ignored, with a warning: often it is opaque, and the colours are what the camera saw;
+    - an EXIF orientation is ignored, with a warning. Images that are all stored alike are right as they are, and
+      exported models read them the same way; only images that are not would have to be turned.
+
+    Headers and checksums are read, about 1 ms a file; only formats without either (and JPEG files with something behind
+    their end) are decoded.
+
+    Args:
+        loaders (Any): A DataLoader, or several, of an anomalib dataset, a PredictDataset or a Subset of one. Others
+            are not looked at.
+
+    Raises:
+        ValueError: If there are unusable files.
+
+    Example:
+        >>> import tempfile
+        >>> from torch.utils.data import DataLoader
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("I;16", (64, 64)).save(f"{folder}/part.png")
+        ...     check_image_files(DataLoader(PredictDataset(folder)))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        ValueError: 1 of 1 image files cannot be used: ...part.png has values of more than 8 bits...
+    """
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    files = [file for loader in loaders for file in _files_of(getattr(loader, "dataset", None))]
+    problems, with_alpha, turned = [], [], []
+    for image_path, mask_paths in files:
+        try:
+            image = _look_at(image_path)
+            _check_depth(image)
+            _check_masks(image, mask_paths)
+        except _UnusableFileError as problem:
+            problems.append(str(problem))
+            continue
+        if image.has_alpha:
+            with_alpha.append(image_path)
+        if image.orientation != 1:
+            turned.append(image_path)
+    if problems:
+        end = "; ..." if len(problems) > _NAMED else "."
+        msg = f"{len(problems)} of {len(files)} image files cannot be used: {'; '.join(problems[:_NAMED])}{end}"
+        raise ValueError(msg)
+    if with_alpha:
+        logger.warning(
+            "%d of %d images have an alpha channel, such as %s: it is ignored, so transparent pixels show the colour "
+            "that is stored under them.",
+            len(with_alpha),
+            len(files),
+            with_alpha[0],
+        )
+    if turned:
+        logger.warning(
+            "%d of %d images have an EXIF orientation, such as %s: it is ignored, so they are read as stored. If not "
+            "all images of this part are stored alike, turn them with PIL.ImageOps.exif_transpose first.",
+            len(turned),
+            len(files),
+            turned[0],
+        )
+
+
+def mask_files(mask_path: Any) -> list[str]:
+    """List the files that make up the mask of an image.
+
+    Args:
+        mask_path (Any): Entry of the ``mask_path`` column of an anomalib dataset: a path, several, or something empty.
+
+    Returns:
+        list[str]: Their paths.
+
+    Example:
+        >>> mask_files("000_mask.png"), mask_files(["000.png", "001.png"]), mask_files(""), mask_files(None)
+        (['000_mask.png'], ['000.png', '001.png'], [], [])
+    """
+    paths = mask_path if isinstance(mask_path, list) else [mask_path]
+    return [path for path in paths if isinstance(path, str) and path]
+
+
+class _UnusableFileError(Exception):
+    """Says of a file what is wrong with it and what to do about it."""
+
+
+class _Look(NamedTuple):
+    path: str
+    size: tuple[int, int]
+    mode: str
+    has_alpha: bool
+    orientation: int
+
+
+def _files_of(dataset: Any) -> Iterator[tuple[str, list[str]]]:
+    """Yield each image of a dataset with the masks that are read with it."""
+    if isinstance(dataset, Subset):
+        files = list(_files_of(dataset.dataset))
+        yield from (files[index] for index in dataset.indices if files)
+    elif isinstance(dataset, PredictDataset):
+        yield from ((str(path), []) for path in dataset.image_filenames)
+    elif isinstance(dataset, AnomalibDataset):
+        for sample in dataset.samples.to_dict("records"):
+            anomalous = sample.get("label_index") == LabelName.ABNORMAL
+            yield sample["image_path"], mask_files(sample.get("mask_path")) if anomalous else []
+
+
+def _look_at(path: str) -> _Look:
+    try:
+        if Path(path).stat().st_size == 0:
+            msg = f"{path} is empty: copy it again, or delete it"
+            raise _UnusableFileError(msg)
+        with Image.open(path) as image:
+            look = _Look(path, image.size, image.mode, image.has_transparency_data, _orientation(image))
+            _check_whole(path, image)
+    except _UnusableFileError:
+        raise
+    except Image.DecompressionBombError as error:
+        msg = f"{path} is too large ({error}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS"
+        raise _UnusableFileError(msg) from error
+    except Exception as error:  # PIL raises all kinds on damaged files
+        msg = f"{path} is damaged or no image ({error}): copy it again, or delete it"
+        raise _UnusableFileError(msg) from error
+    return look
+
+
+def _orientation(image: Image.Image) -> int:
+    # TIFF files are turned by PIL; in a PNG without it in front of the pixels, a search would decode these.
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+
+
+def _check_whole(path: str, image: Image.Image) -> None:
+    if image.format == "PNG":
+        image.verify()  # its checksums
+    elif image.format != "JPEG" or not _ends_with(path, _END_OF_JPEG):
+        image.load()
+
+
+def _ends_with(path: str, end: bytes) -> bool:
+    with Path(path).open("rb") as file:
+        file.seek(-len(end), os.SEEK_END)
+        return file.read() == end
+
+
+def _check_depth(image: _Look) -> None:
+    if image.mode.startswith(("I", "F")):
+        msg = (
+            f"{image.path} has values of more than 8 bits (mode {image.mode}), which would be clipped to 0 to 255, "
+            "mostly to white: scale them to 8 bits"
+        )
+        raise _UnusableFileError(msg)
+
+
+def _check_masks(image: _Look, mask_paths: list[str]) -> None:
+    for mask in map(_look_at, mask_paths):
+        if mask.size != image.size:
+            msg = (
+                f"{mask.path} is a mask of {mask.size[1]} x {mask.size[0]} pixels (height x width) for an image of "
+                f"{image.size[1]} x {image.size[0]}, {image.path}: give both the same size"
+            )
+            raise _UnusableFileError(msg)
+        if 1 in mask.size:
+            msg = f"{mask.path} is a mask 1 pixel wide or high, which anomalib cannot read: leave its image out"
+            raise _UnusableFileError(msg)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Of any size, window, patch, kind of position and batch: shapes, ranges, determinism, the paper's loops."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anomalib_intra.post_processor import InTraPostProcessor
+from anomalib_intra.torch_model import InpaintingTransformer, Reconstruction
+
+from .reference import reference_reconstruct
+
+#: The same examples in every run, since a test that fails now and then is of no use to others.
+SAME_EVERY_TIME = settings(derandomize=True, deadline=None, max_examples=40)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> tuple[InpaintingTransformer, tuple[int, int], dict[str, object]]:
+    """A small float64 model with weights far from zero, an image size for it, and its options."""
+    window_size = draw(st.integers(1, 3), label="window_size")
+    patch_size = draw(st.integers(1, 5), label="patch_size")
+    rows, columns = (draw(st.integers(window_size, 5), label=side) for side in ("rows", "columns"))
+    size = rows * patch_size, columns * patch_size
+    options = {
+        "attention": draw(st.sampled_from(["mfsa", "msa"])),
+        "position": draw(st.sampled_from(["global", "local"])),
+        "readout": draw(st.sampled_from(["mean", "token"])),
+        "long_residuals": draw(st.booleans(), label="long_residuals"),
+    }
+    heads = draw(st.sampled_from([1, 2, 4]), label="heads")
+    depth = draw(st.integers(1, 3), label="depth")
+    trained_size = (window_size * patch_size,) * 2 if options["position"] == "local" else size
+    model = InpaintingTransformer(
+        trained_size, patch_size, window_size, embed_dim=8, depth=depth, num_heads=heads, **options
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed of the weights"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return model.double().eval(), size, options
+
+
+def batches(size: tuple[int, int]) -> st.SearchStrategy[torch.Tensor]:
+    """One to four images in [0, 1], grey or coloured."""
+
+    def make(count: int, channels: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.rand(count, channels, *size, generator=generator, dtype=torch.float64)
+
+    return st.builds(make, st.integers(1, 4), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
+
+
+@SAME_EVERY_TIME
+@given(drawn=models(), data=st.data())
+def test_reconstruction_is_that_of_the_loops_whatever_the_model_and_the_batch(drawn, data) -> None:
+    model, size, options = drawn
+    images = data.draw(batches(size))
+    at_once = data.draw(st.integers(1, 60), label="window_batch_size")
+    with torch.no_grad():
+        reconstruction = model.reconstruct(images, window_batch_size=at_once)
+        again = model.reconstruct(images, window_batch_size=at_once)
+    assert reconstruction.shape == (len(images), 3, *size)
+    assert reconstruction.isfinite().all()
+    assert torch.equal(reconstruction, again)
+    chosen = data.draw(st.integers(0, len(images) - 1), label="image compared")
+    colour = images[chosen].expand(3, *size).numpy()
+    expected = reference_reconstruct(model, colour, **options)
+    np.testing.assert_allclose(reconstruction[chosen].numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@SAME_EVERY_TIME
+@given(
+    height=st.integers(8, 200),
+    width=st.integers(8, 200),
+    count=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+    contrast=st.sampled_from([0.0, 1e-3, 1.0]),
+)
+def test_maps_and_scores_are_finite_in_range_and_independent_of_the_batch(
+    height: int, width: int, count: int, seed: int, contrast: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    images, reconstructions = torch.rand(2, count, 3, height, width, generator=generator) * contrast
+    post_processor = InTraPostProcessor(enable_normalization=False)
+    difference = post_processor.difference_map(images, reconstructions)
+    assert difference.shape == (count, 1, height, width)
+    assert 0 <= difference.min() <= difference.max() <= 1
+    torch.testing.assert_close(post_processor.difference_map(images, images), torch.zeros_like(difference))
+    post_processor.set_training_mean(difference.mean(dim=0, keepdim=True))
+    raw = post_processor(Reconstruction(images, reconstructions))
+    assert raw.anomaly_map.shape == (count, 1, height, width)
+    assert 0 <= raw.anomaly_map.min() <= raw.anomaly_map.max() <= 1
+    assert torch.equal(raw.pred_score, raw.anomaly_map.amax(dim=(1, 2, 3)))
+    for number in range(count):
+        alone = post_processor(Reconstruction(images[number : number + 1], reconstructions[number : number + 1]))
+        torch.testing.assert_close(alone.pred_score[0], raw.pred_score[number], rtol=0, atol=1e-6)
