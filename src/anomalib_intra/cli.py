@@ -16,6 +16,7 @@ from anomalib.cli.cli import main as anomalib_main
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 
+from anomalib_intra.ablations import ablations
 from anomalib_intra.benchmark import benchmark
 from anomalib_intra.select_size import select_size
 from anomalib_intra.speed import speed
@@ -28,7 +29,7 @@ def main() -> None:
     Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
     which accepts no model from outside anomalib; its configs have the same layout.
     """
-    own = {"benchmark": _benchmark, "speed": _speed, "yardsticks": _print_yardsticks}
+    own = {"ablations": _ablations, "benchmark": _benchmark, "speed": _speed, "yardsticks": _print_yardsticks}
     if sys.argv[1:2] == ["select-size"]:
         _select_size(sys.argv[2:])
     elif len(sys.argv) > 1 and sys.argv[1] in own:
@@ -62,6 +63,31 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
         sys.exit(130)
     print(rows.to_string(index=False))
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")
+    if rows["error"].any():
+        sys.exit(1)
+
+
+def _ablations(
+    configs: Path = Path("configs/ablations"),
+    only: str | None = None,
+    root: Path | None = None,
+    output: Path = Path("results/ablations"),
+) -> None:
+    """Run what is missing of the paper's ablation studies and tabulate them like its Tables 3 to 6.
+
+    Args:
+        configs: Folder with a YAML file for each study, in the format of a benchmark.
+        only: The one study to run, such as position.
+        root: Folder of the data set, in the place of that in the configs.
+        output: Folder for ablations.csv, ablations.md and the runs.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        rows = ablations(configs, only, root, output)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on with the runs that are missing.")
+        sys.exit(130)
+    print((output / "ablations.md").read_text(encoding="utf-8"))
     if rows["error"].any():
         sys.exit(1)
 

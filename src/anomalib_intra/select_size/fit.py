@@ -34,7 +34,8 @@ class Fit(AnomalibCLI):
         ValueError: If they cannot be used: there is no InTra, no data, or no such argument.
 
     Example:
-        >>> Fit(["--model", "InTra", "--model.depth", "1", "--data", "anomalib_intra.MVTec"]).settings["model"]["class_path"]
+        >>> fit = Fit(["--model", "InTra", "--model.depth", "1", "--data", "anomalib_intra.MVTec"])
+        >>> fit.settings["model"]["class_path"]
         'anomalib_intra.InTra'
     """
 

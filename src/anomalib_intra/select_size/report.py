@@ -86,8 +86,8 @@ def _draw(curves: Mapping[int, Series], table: DataFrame) -> Figure:
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation loss")
     axes.set_title(
-        f"Thin: each epoch. Thick: averaged over +-{REACH} epochs, with the best.\n"
-        f"The smallest size is chosen that the next one does not beat by {SIGNIFICANT:.0e}.",
+        f"Thin: each epoch. Thick: averaged over ±{REACH} epochs, with the best.\n"
+        f"The smallest size is chosen that the next one does not beat by {SIGNIFICANT}.",
         fontsize="medium",
     )
     axes.legend()

@@ -2,6 +2,7 @@
 """How the paper chooses the image size from validation losses (sec. 4.1)."""
 
 from collections.abc import Mapping
+from itertools import pairwise
 
 from pandas import Series
 
@@ -63,7 +64,7 @@ def choose(best: Mapping[int, float]) -> int:
         320
     """
     sizes = sorted(best)
-    for size, larger in zip(sizes, sizes[1:], strict=False):
+    for size, larger in pairwise(sizes):
         if best[size] - best[larger] < SIGNIFICANT:
             return size
     return sizes[-1]
