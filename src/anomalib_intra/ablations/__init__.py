@@ -7,6 +7,7 @@ from typing import Any
 
 from pandas import DataFrame
 
+from anomalib_intra.ablations.published import STUDIES
 from anomalib_intra.ablations.report import write_ablations
 from anomalib_intra.benchmark import read_settings, run_missing
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
@@ -69,7 +70,12 @@ def ablations(
     Example:
         >>> rows = ablations(only="position", root="./datasets/MVTecAD")  # doctest: +SKIP
     """
-    settings = {path.stem: read_settings(path) for path in sorted(Path(configs).glob("*.yaml"))}
+    in_order = [*STUDIES]
+    paths = sorted(
+        Path(configs).glob("*.yaml"),
+        key=lambda path: (in_order.index(path.stem) if path.stem in STUDIES else len(in_order), path.stem),
+    )
+    settings = {path.stem: read_settings(path) for path in paths}
     if not settings or only not in {None, *settings}:
         msg = f"{configs} has no study {only or 'at all'}; it has {', '.join(settings) or 'no YAML file'}."
         raise ValueError(msg)
@@ -80,7 +86,8 @@ def ablations(
     parts = {name: one["benchmark"] for name, one in settings.items()}
     if root is not None:
         for part in parts.values():
-            part["data"].setdefault("init_args", {})["root"] = str(root)
+            if isinstance(part.get("data"), dict):
+                part["data"].setdefault("init_args", {})["root"] = str(root)
 
     output = Path(output)
     generator = StudyRuns(output, accelerators.pop())

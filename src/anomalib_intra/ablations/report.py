@@ -59,7 +59,12 @@ def write_ablations(studies: Mapping[str, Sequence[BenchmarkRun]], output: Path)
         DataFrame: The rows of all runs, those that studies share once in each, with the study as ``ablation``.
     """
     rows = DataFrame(
-        [{"ablation": name, **run.row} for name, runs in studies.items() for run in runs if run.row is not None]
+        [
+            {"ablation": name, **row, "image_size": run.config["image_size"]}
+            for name, runs in studies.items()
+            for run in runs
+            if (row := run.row) is not None
+        ]
     )
     output.mkdir(parents=True, exist_ok=True)
     rows.to_csv(output / "ablations.csv", index=False)

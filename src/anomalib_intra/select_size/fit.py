@@ -5,6 +5,7 @@ import signal
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
+from pydoc import locate
 from typing import Any
 
 import yaml
@@ -46,12 +47,11 @@ class Fit(AnomalibCLI):
             reason = str(error).replace("'fit.", "'")
             msg = f"These are no arguments for anomalib train, whose config needs a model and data: {reason}"
             raise ValueError(msg) from error
-        if not isinstance(self.model, InTra):
-            msg = f"The image size is chosen for InTra, by its validation loss; the config has {self.model.name}."
-            raise ValueError(msg)
         if self.datamodule is None:
             raise ValueError("The config has no data to train on: add a datamodule with its class_path.")
         self.settings = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_default=True))
+        # A seed of 1 equals the default, which is True, and would be left out.
+        self.settings["seed_everything"] = self.config["fit"]["seed_everything"]
 
     @staticmethod
     def init_parser(**kwargs: Any) -> ArgumentParser:
@@ -59,8 +59,12 @@ class Fit(AnomalibCLI):
         return AnomalibCLI.init_parser(exit_on_error=False, **kwargs)
 
     def before_instantiate_classes(self) -> None:
-        """Seed everything, which anomalib leaves out, before the model draws its weights."""
+        """Refuse other models, and seed everything before the model draws its weights, which anomalib leaves out."""
         super().before_instantiate_classes()
+        kind = locate(self.config["fit"]["model"]["class_path"])
+        if not issubclass(kind, InTra):
+            msg = f"The image size is chosen for InTra, by its validation loss; the config has {kind.__name__}."
+            raise ValueError(msg)
         seed = self.config["fit"]["seed_everything"]
         if seed is not False:
             seed_everything(None if seed is True else seed, workers=True, verbose=False)
