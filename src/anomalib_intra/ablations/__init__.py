@@ -31,17 +31,12 @@ class StudyRuns(BenchmarkRuns):
             BenchmarkRun: The runs.
 
         Raises:
-            ValueError: If an entry is wrong, or two studies have different runs of the same name.
+            ValueError: If an entry is wrong.
         """
         runs: dict[Path, BenchmarkRun] = {}
-        for study, part in (args or {}).items():
+        for part in (args or {}).values():
             for run in super().generate_jobs(part, prev_stage_result):
-                if runs.setdefault(run.folder, run).config != run.config:
-                    msg = (
-                        f"The study {study} has other settings for '{run}' than a study before it: give the model "
-                        "another name, or both the same settings."
-                    )
-                    raise ValueError(msg)
+                runs.setdefault(run.folder, run)
         for run in runs.values():
             run.all = list(runs.values())
         yield from runs.values()
@@ -91,10 +86,23 @@ def ablations(
 
     output = Path(output)
     generator = StudyRuns(output, accelerators.pop())
-    list(generator(parts))  # checks all of them
     studies = {name: list(generator({name: part})) for name, part in parts.items()}
+    _check_shared(studies)
     try:
         run_missing(generator, {name: part for name, part in parts.items() if only in (None, name)})
     finally:  # also when it was interrupted
         rows = write_ablations(studies, output)
     return rows
+
+
+def _check_shared(studies: dict[str, list[BenchmarkRun]]) -> None:
+    first: dict[Path, tuple[str, BenchmarkRun]] = {}
+    for study, runs in studies.items():
+        for run in runs:
+            other, known = first.setdefault(run.folder, (study, run))
+            if known.config != run.config:
+                msg = (
+                    f"The studies {other} and {study} have different settings for '{run}': give one of the models "
+                    "another name, or both the same settings."
+                )
+                raise ValueError(msg)
