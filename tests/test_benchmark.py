@@ -161,6 +161,15 @@ def test_runs_are_all_combinations(tmp_path: Path) -> None:
     assert len({run.folder for run in runs}) == 8
 
 
+def test_every_category_may_have_its_own_size(tmp_path: Path) -> None:
+    data = {"class_path": "anomalib_intra.MVTec", "init_args": {"category": {"grid": ["grid", "wood"]}}}
+    runs = runs_of(tmp_path, data=data, image_size={"wood": [320, 320], "grid": [512, 512]})
+    assert {run.category: run.config["image_size"] for run in runs} == {"grid": [512, 512], "wood": [320, 320]}
+    rows = pd.DataFrame([{"model": "A", "category": "wood", "seed": 1, "pretrained": "nothing", "error": "it failed"}])
+    page = write_report(rows, {"benchmark": {"image_size": {"wood": [320, 320], "grid": [512, 512]}}}, tmp_path)
+    assert "reduced to 320 x 320 (wood), 512 x 512 (grid) pixels" in page.read_text()
+
+
 @pytest.mark.parametrize(
     ("class_path", "arguments", "name"),
     [
@@ -194,6 +203,8 @@ def test_unknown_keys_and_equal_names_are_refused(tmp_path: Path) -> None:
         ({"model": {"name": "x"}}, "needs 'model' and 'data'"),
         ({"data": None}, "needs 'model' and 'data'"),
         ({"image_size": 256}, "image_size is 256"),
+        ({"image_size": {"weave": [64, 64]}}, "none for speckle"),
+        ({"image_size": {"weave": 64, "speckle": 64}}, "image_size is 64"),
         ({"model": {**PADIM, "name": "a/b"}}, "special characters"),
         ({"seed": {"grid": []}}, "grid' lists is empty"),
         ({"model": {**PADIM, "trainer": {"devices": 2}}}, "sets devices"),

@@ -6,6 +6,7 @@ It adds the few commands that anomalib has no place for.
 
 import signal
 import sys
+from argparse import ArgumentParser as PlainParser
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
@@ -15,7 +16,9 @@ from anomalib.cli.cli import main as anomalib_main
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 
+from anomalib_intra.ablations import ablations
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.select_size import select_size
 from anomalib_intra.speed import speed
 from anomalib_intra.yardsticks import yardsticks
 
@@ -26,8 +29,10 @@ def main() -> None:
     Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
     which accepts no model from outside anomalib; its configs have the same layout.
     """
-    own = {"benchmark": _benchmark, "speed": _speed, "yardsticks": _print_yardsticks}
-    if len(sys.argv) > 1 and sys.argv[1] in own:
+    own = {"ablations": _ablations, "benchmark": _benchmark, "speed": _speed, "yardsticks": _print_yardsticks}
+    if sys.argv[1:2] == ["select-size"]:
+        _select_size(sys.argv[2:])
+    elif len(sys.argv) > 1 and sys.argv[1] in own:
         _run(own[sys.argv[1]], sys.argv[1], sys.argv[2:])
     else:
         anomalib_main()
@@ -60,6 +65,55 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")
     if rows["error"].any():
         sys.exit(1)
+
+
+def _ablations(
+    configs: Path = Path("configs/ablations"),
+    only: str | None = None,
+    root: Path | None = None,
+    output: Path = Path("results/ablations"),
+) -> None:
+    """Run what is missing of the paper's ablation studies and tabulate them like its Tables 3 to 6.
+
+    Args:
+        configs: Folder with a YAML file for each study, in the format of a benchmark.
+        only: The one study to run, such as position.
+        root: Folder of the data set, in the place of that in the configs.
+        output: Folder for ablations.csv, ablations.md and the runs.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        rows = ablations(configs, only, root, output)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on with the runs that are missing.")
+        sys.exit(130)
+    print((output / "ablations.md").read_text(encoding="utf-8"))
+    if rows["error"].any():
+        sys.exit(1)
+
+
+def _select_size(args: list[str]) -> None:
+    # All other arguments are anomalib's, so none of them may be taken for ours.
+    parser = PlainParser(
+        prog="anomalib-intra select-size",
+        description="Train at several image sizes and choose one by the validation loss, as the paper does (sec. 4.1).",
+        epilog="All other arguments are those of anomalib train, such as --config or --data.category.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 512], help="Sides of the images in pixels.")
+    parser.add_argument("--epochs", type=int, default=200, help="Epochs of every size, at least 11.")
+    parser.add_argument("--output", type=Path, default=Path("results/select-size"), help="Folder for all results.")
+    own, others = parser.parse_known_args(args)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        table = select_size(others, own.sizes, own.epochs, own.output)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"anomalib-intra select-size: {error}\n")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on where it was stopped.")
+        sys.exit(130)
+    print(table.to_string(index=False))
+    print(f"\nGo on with: anomalib train --config {own.output / 'config.yaml'}")
 
 
 def _speed(

@@ -2,6 +2,7 @@
 """Models side by side: every model on every category with every seed, in one table."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -11,7 +12,7 @@ from pandas import DataFrame
 from anomalib_intra.benchmark.job import BenchmarkRuns
 from anomalib_intra.benchmark.report import write_report
 
-__all__ = ["benchmark"]
+__all__ = ["benchmark", "read_settings", "run_missing"]
 
 
 def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> DataFrame:
@@ -33,6 +34,34 @@ def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> D
     Example:
         >>> rows = benchmark("configs/benchmark.yaml")  # doctest: +SKIP
     """
+    settings = read_settings(config)
+    output = Path(output)
+    generator = BenchmarkRuns(output, settings.get("accelerator", "auto"))
+    runs = list(generator(settings["benchmark"]))
+    try:
+        run_missing(generator, settings["benchmark"])
+    finally:  # also when it was interrupted
+        rows = DataFrame([run.row for run in runs if run.row is not None])
+        if len(rows):
+            write_report(rows, settings, output, missing=[str(run) for run in runs if run.row is None])
+    return rows
+
+
+def read_settings(config: str | Path) -> dict[str, Any]:
+    """Read a config without looking into its entries.
+
+    Args:
+        config (str | Path): YAML file in the format of anomalib's benchmark.
+
+    Returns:
+        dict: Its content.
+
+    Raises:
+        ValueError: If it is no config of a benchmark.
+
+    Example:
+        >>> settings = read_settings("configs/benchmark.yaml")  # doctest: +SKIP
+    """
     settings = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
     if not isinstance(settings, dict) or not isinstance(settings.get("benchmark"), dict):
         msg = f"{config} has no part called 'benchmark' with 'model' and 'data': see configs/benchmark.yaml."
@@ -41,15 +70,16 @@ def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> D
     if not isinstance(accelerator, str):
         msg = f"The accelerator of {config} is {accelerator}: a benchmark is measured on one, such as cpu or cuda."
         raise ValueError(msg)
-    output = Path(output)
-    generator = BenchmarkRuns(output, accelerator)
-    runs = list(generator(settings["benchmark"]))
-    devices = torch.cuda.device_count() if accelerator != "cpu" else 0
+    return settings
+
+
+def run_missing(generator: BenchmarkRuns, args: dict[str, Any]) -> None:
+    """Run what is missing, one after the other or, where there are several CUDA devices, one on each.
+
+    Args:
+        generator (BenchmarkRuns): Makes the runs.
+        args (dict): What it makes them of.
+    """
+    devices = torch.cuda.device_count() if generator.accelerator != "cpu" else 0
     runner = ParallelRunner(generator, n_jobs=devices) if devices > 1 else SerialRunner(generator)
-    try:
-        runner.run(settings["benchmark"])
-    finally:  # also when it was interrupted
-        rows = DataFrame([run.row for run in runs if run.row is not None])
-        if len(rows):
-            write_report(rows, settings, output, missing=[str(run) for run in runs if run.row is None])
-    return rows
+    runner.run(args)

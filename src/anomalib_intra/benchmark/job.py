@@ -127,7 +127,8 @@ class BenchmarkRuns(JobGenerator):
     """All runs of a config in anomalib's benchmark format: every combination of its ``grid`` lists.
 
     Beside what anomalib knows, an entry of a model may have a ``name`` for the table, ``trainer`` arguments,
-    ``backbone_weights`` (a file) and ``pretrained`` (a few words on what it was allowed to see).
+    ``backbone_weights`` (a file) and ``pretrained`` (a few words on what it was allowed to see). ``image_size`` is one
+    height and width for all runs, or one for each category by its name, as in the paper's Table A.7.
 
     Args:
         output (Path): Folder of the benchmark.
@@ -159,13 +160,14 @@ class BenchmarkRuns(JobGenerator):
             ValueError: If an entry is wrong, there is none, or two runs have the same name.
         """
         del prev_stage_result
-        configs = [
-            {"seed": 42, "image_size": [256, 256], **config} for config in get_iterator_from_grid_dict(args or {})
-        ]
+        args = {"seed": 42, "image_size": [256, 256], **(args or {})}
+        size = args.pop("image_size")  # a category called grid would make it a grid
+        configs = list(get_iterator_from_grid_dict(args))
         if not configs:
             raise ValueError("The benchmark has no runs: one of its 'grid' lists is empty.")
         for config in configs:
             _check(config)
+            config["image_size"] = _size_of(config["data"], size)
         runs = [BenchmarkRun(config, self.output, self.accelerator) for config in configs]
         # Some disks do not tell upper case from lower.
         folders = [str(run.folder).casefold() for run in runs]
@@ -191,9 +193,6 @@ def _check(config: dict[str, Any]) -> None:
             f"{', '.join(sorted(unknown))}."
         )
         raise ValueError(msg)
-    size = config["image_size"]
-    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
-        raise ValueError(f"The benchmark's image_size is {size}: give height and width in pixels, such as [256, 256].")
     fixed = {"accelerator", "devices", "strategy", "num_nodes"} & set(entry.get("trainer", {}))
     if fixed:
         msg = (
@@ -205,6 +204,20 @@ def _check(config: dict[str, Any]) -> None:
         raise ValueError(f"The model's name {entry['name']!r} cannot be a folder's: take the special characters out.")
     build_datamodule(config["data"], config["seed"])
     model_class(entry)
+
+
+def _size_of(data: dict[str, Any], size: Any) -> list[int]:
+    """Give the image size of a run, which may be one for all or one for each category."""
+    if isinstance(size, dict):
+        category = _category(data)
+        if category not in size:
+            raise ValueError(
+                f"The benchmark's image_size has none for {category}: give its height and width in pixels."
+            )
+        size = size[category]
+    if not (isinstance(size, list) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size)):
+        raise ValueError(f"The benchmark's image_size is {size}: give height and width in pixels, such as [256, 256].")
+    return size
 
 
 def _category(entry: dict[str, Any]) -> str:

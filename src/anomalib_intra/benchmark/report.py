@@ -55,7 +55,7 @@ def write_report(rows: DataFrame, config: dict[str, Any], output: Path, missing:
         chart(done).savefig(output / "benchmark.png", dpi=120)
         sections.append("![Image and pixel AUROC of every model and category](benchmark.png)")
         sections += [_section(done, metric) for metric in METRICS if done[metric].notna().any()]
-        sections.append(_COST_HEADING + _markdown(_costs(done), digits=1))
+        sections.append(_COST_HEADING + markdown(_costs(done), digits=1))
     if len(failed):
         listing = failed[["model", "category", "seed", "error"]].to_markdown(index=False)
         sections.append("## Failed runs\n\nThey are tried again when the command is run again.\n\n" + listing)
@@ -102,14 +102,18 @@ def chart(rows: DataFrame) -> Figure:
 
 
 def _heading(rows: DataFrame, config: dict[str, Any]) -> str:
-    size = config["benchmark"].get("image_size", [256, 256])
+    sizes = config["benchmark"].get("image_size", [256, 256])
+    if isinstance(sizes, dict):
+        reduced = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items()) + " pixels"
+    else:
+        reduced = f"{sizes[0]} x {sizes[1]} pixels"
     seen = rows.drop_duplicates("model").set_index("model")["pretrained"]
     used = ", ".join(sorted(set(rows.get("device", Series(dtype=str)).dropna()))) or "nothing yet"
     versions = ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
     return (
         "# Benchmark\n\n"
         "Written by `anomalib-intra benchmark --config CONFIG`, with the config at the end of this page. "
-        f"Every model saw the same training, held-out and test images, reduced to {size[0]} x {size[1]} pixels, and "
+        f"Every model saw the same training, held-out and test images, reduced to {reduced}, and "
         "was scored at that size on raw scores: normalization, which clamps scores and so moves AUROC, is off for all. "
         f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions}.\n\n"
         + DataFrame({"beside the training images, the model saw": seen}).to_markdown()
@@ -117,9 +121,9 @@ def _heading(rows: DataFrame, config: dict[str, Any]) -> str:
 
 
 def _section(rows: DataFrame, metric: str) -> str:
-    text = f"## {_TITLES[metric]}\n\n" + _markdown(comparison(rows, metric), digits=1)
+    text = f"## {_TITLES[metric]}\n\n" + markdown(comparison(rows, metric), digits=1)
     if metric in ("image_AUROC", "pixel_AUROC"):
-        text += "\n\nAs printed, for all 15 categories of MVTec AD:\n\n" + _markdown(published_means(metric), digits=2)
+        text += "\n\nAs printed, for all 15 categories of MVTec AD:\n\n" + markdown(published_means(metric), digits=2)
     return text
 
 
@@ -129,6 +133,22 @@ def _costs(rows: DataFrame) -> DataFrame:
     return costs.rename(columns=_COSTS)
 
 
-def _markdown(table: DataFrame, digits: int) -> str:
+def markdown(table: DataFrame, digits: int) -> str:
+    """Write a table of numbers in Markdown.
+
+    Args:
+        table (DataFrame): Numbers, NaN where there is none.
+        digits (int): Digits after the point.
+
+    Returns:
+        str: The table.
+
+    Example:
+        >>> print(markdown(DataFrame({"a": [1.25, float("nan")]}, index=["x", "y"]), digits=1))
+        |    |   a |
+        |:---|----:|
+        | x  | 1.2 |
+        | y  |   - |
+    """
     texts = table.map(lambda value: "-" if value != value else f"{value:.{digits}f}")
     return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])

@@ -27,14 +27,8 @@ def comparison(rows: DataFrame, metric: str) -> DataFrame:
         >>> float(comparison(rows, "image_AUROC").loc["mean of all (2)", "A"].round(6))
         85.0
     """
-    models = list(dict.fromkeys(rows["model"]))
-    paper_order = [*TEXTURES, *OBJECTS]
-    present = set(rows["category"])
-    categories = [name for name in paper_order if name in present] + sorted(present - set(paper_order))
-    values = 100 * rows.astype({metric: float}).pivot_table(
-        index="category", columns="model", values=metric, aggfunc="mean", dropna=False
-    )
-    table = values.reindex(index=categories, columns=models)
+    table = by_category(rows, metric)
+    categories = list(table.index)
     if metric in CAMERA_READY_MEANS:
         papers = published(metric).reindex(categories).add_suffix(", paper")
         table = concat([table, papers], axis="columns")
@@ -45,6 +39,31 @@ def comparison(rows: DataFrame, metric: str) -> DataFrame:
             means[f"mean of {group} ({len(of_group)})"] = table.loc[of_group].mean(skipna=False)
     means[f"mean of all ({len(categories)})"] = table.mean(skipna=False)
     return concat([table, DataFrame(means).T])
+
+
+def by_category(rows: DataFrame, metric: str) -> DataFrame:
+    """Put a metric of every model and category into a table.
+
+    Args:
+        rows (DataFrame): As for :func:`comparison`.
+        metric (str): Name of the metric.
+
+    Returns:
+        DataFrame: Percentages, mean over seeds; a row for each category in the paper's order, a column for each model.
+
+    Example:
+        >>> rows = DataFrame({"model": "A", "category": ["screw", "grid"], "seed": 1, "image_AUROC": [0.75, 0.5]})
+        >>> by_category(rows, "image_AUROC")["A"].to_dict()
+        {'grid': 50.0, 'screw': 75.0}
+    """
+    models = list(dict.fromkeys(rows["model"]))
+    paper_order = [*TEXTURES, *OBJECTS]
+    present = set(rows["category"])
+    categories = [name for name in paper_order if name in present] + sorted(present - set(paper_order))
+    values = 100 * rows.astype({metric: float}).pivot_table(
+        index="category", columns="model", values=metric, aggfunc="mean", dropna=False
+    )
+    return values.reindex(index=categories, columns=models)
 
 
 def published_means(metric: str) -> DataFrame:
