@@ -28,7 +28,9 @@ def exportable(transform: Transform) -> Transform:
     if isinstance(transform, Compose):
         return Compose([exportable(part) for part in transform.transforms])
     if isinstance(transform, Resize) and transform.antialias:
-        if transform.interpolation == InterpolationMode.BILINEAR and len(transform.size) == 2:
+        # (torchvision keeps the mode as it was given, and its own default as a string)
+        bilinear = transform.interpolation in (InterpolationMode.BILINEAR, InterpolationMode.BILINEAR.value)
+        if bilinear and len(transform.size) == 2:
             return ExportableResize(transform.size)
         logger.warning(
             "OpenVINO ignores the antialiasing of %s, which moves the scores of images that are made smaller: give "
