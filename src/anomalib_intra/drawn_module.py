@@ -24,6 +24,7 @@ from torchvision.transforms.v2 import Resize
 from anomalib_intra.batch import UnroundedBatch, is_normal
 from anomalib_intra.checkpoints import AtomicCheckpointIO
 from anomalib_intra.draws import DrawLoader, Draws, Prepared
+from anomalib_intra.export import CompleteExport
 from anomalib_intra.finite_loss import FiniteLoss
 from anomalib_intra.image_files import check_image_files
 from anomalib_intra.image_range import check_range
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 _NAMED = 3
 
 
-class DrawnModule(AnomalibModule):
+class DrawnModule(CompleteExport, AnomalibModule):
     """An anomalib model that learns from random draws (windows, pairs of patches) from normal images.
 
     Before Lightning sets its loop up, a loader of draws takes the place of the datamodule's image loader, so that
@@ -67,7 +68,10 @@ class DrawnModule(AnomalibModule):
             pre_processor=self.configure_pre_processor(image_size) if pre_processor is True else pre_processor,
             **components,
         )
-        if self.pre_processor is not None:
+        if type(self.pre_processor) is PreProcessor:
+            # anomalib's own loses the antialiasing of its transform where it is exported.
+            self.pre_processor = UnnormalizedPreProcessor(self.pre_processor.transform)
+        elif self.pre_processor is not None:
             refuse_normalization(self.pre_processor)
         if not isinstance(self.post_processor, self.post_processor_kind):
             msg = (

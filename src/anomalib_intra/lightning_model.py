@@ -7,11 +7,12 @@ InTra: Inpainting Transformer for Anomaly Detection, Pirnay and Chai, https://ar
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import torch
 from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import ImageBatch
+from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -45,6 +46,17 @@ _ARCHITECTURE = (
     "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
     "position", "long_residuals", "readout",
 )  # fmt: skip
+
+
+class InferenceWithReconstruction(NamedTuple):
+    """anomalib's four outputs, and what they were computed from."""
+
+    pred_score: torch.Tensor
+    pred_label: torch.Tensor | None
+    anomaly_map: torch.Tensor
+    pred_mask: torch.Tensor | None
+    image: torch.Tensor
+    reconstruction: torch.Tensor
 
 
 class InTra(DrawnModule):
@@ -148,6 +160,7 @@ class InTra(DrawnModule):
         )
         self.loss = InpaintingLoss(alpha, beta)
         self._flat_check = FlatCheck()
+        self._exports_reconstruction = False
 
     # ---- components --------------------------------------------------------------------------------------------------
 
@@ -327,6 +340,58 @@ class InTra(DrawnModule):
         del args, kwargs
         batch.reconstruction = self._reconstruct(batch.image)
         return batch
+
+    # ---- export ------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch | InferenceWithReconstruction:
+        """Score images of any size, as an exported model does.
+
+        Args:
+            batch (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            InferenceBatch | InferenceWithReconstruction: Scores ``(B,)``, labels, and maps and masks of the model's
+            size; while :meth:`to_onnx` exports it, also the reconstruction.
+        """
+        del args, kwargs
+        predictions = self.model(self.pre_processor(batch) if self.pre_processor else batch)
+        scored = self.post_processor(predictions)
+        return InferenceWithReconstruction(*scored, *predictions) if self._exports_reconstruction else scored
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        reconstruction: bool = False,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, on request with what the model expected to see.
+
+        Engine and command line hand ``onnx_kwargs`` on to this method, for OpenVINO too.
+
+        Args:
+            export_root (Path | str): Folder in which ``weights/onnx`` is made.
+            model_file_name (str): Name of the file, without suffix.
+            input_size (tuple[int, int] | None): Height and width of all images; any by default.
+            reconstruction (bool): Give the outputs ``image``, resized as the model saw it, and ``reconstruction``, both
+                of shape ``(B, 3, H, W)``, beside the four standard ones. anomalib's inferencers refuse models with more
+                outputs than those four.
+            **kwargs (Any): Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path: The ONNX file.
+
+        Example:
+            >>> engine.export(model, "onnx", onnx_kwargs={"reconstruction": True})  # doctest: +SKIP
+        """
+        self._exports_reconstruction = reconstruction
+        try:
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        finally:
+            self._exports_reconstruction = False
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 

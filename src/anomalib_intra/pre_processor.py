@@ -6,6 +6,8 @@ from anomalib.data.transforms.utils import extract_transforms_by_type
 from anomalib.pre_processing import PreProcessor
 from torchvision.transforms.v2 import Normalize, Transform
 
+from anomalib_intra.exportable_resize import exportable
+
 
 class UnnormalizedPreProcessor(PreProcessor):
     """Resizes images, with the same antialiasing in training, prediction and export.
@@ -31,7 +33,10 @@ class UnnormalizedPreProcessor(PreProcessor):
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         """Transform images of shape ``(B, C, H, W)``."""
-        return self.transform(batch) if self.transform else batch
+        if not self.transform:
+            return batch
+        transform = exportable(self.transform) if torch.compiler.is_compiling() else self.transform
+        return transform(batch)
 
 
 def refuse_normalization(pre_processor: PreProcessor) -> None:

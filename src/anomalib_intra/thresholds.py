@@ -174,7 +174,9 @@ class UnsaturatedPostProcessor(PostProcessor):
 
     @staticmethod
     def _normalize(raw: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        if raw.device.type != "mps":
+        # An exported model rounds to float32 anyway, and OpenVINO, which has no float64, would take a rounding for
+        # nothing and mix up the names of the outputs.
+        if raw.device.type != "mps" and not torch.compiler.is_compiling():
             raw, threshold = raw.double(), threshold.double()
         threshold = threshold.clamp(min=_SMALLEST_THRESHOLD)
         return torch.where(torch.isnan(threshold), raw, raw / (raw + threshold))

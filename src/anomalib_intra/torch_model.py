@@ -184,7 +184,8 @@ class InpaintingTransformer(nn.Module):
         exporting = torch.compiler.is_compiling()
         if window_batch_size is None:
             window_batch_size = 64 if images.device.type == "cpu" and not exporting else 256
-        if len(images) > window_batch_size and not exporting:
+        # (asking for the batch size, even to compare it, would tie an exported graph to it)
+        if not exporting and len(images) > window_batch_size:
             return torch.cat([self.reconstruct(part, window_batch_size) for part in images.split(window_batch_size)])
 
         # The projection of a patch is the same in every window, so it is done once per image (eq. 3). Global positions

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What anomalib's export lacks for models whose scores are computed from small differences."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from anomalib.data import AnomalibDataModule, ImageItem
+from anomalib.deploy import CompressionType
+from anomalib.models.components.base.export_mixin import ExportMixin
+from torchvision.transforms.v2.functional import resize
+
+if TYPE_CHECKING:
+    import openvino as ov
+
+
+class CompleteExport(ExportMixin):
+    """anomalib's exports, where INT8 and INT8_PTQ compress what was trained and nothing else.
+
+    Resizing, difference map, training mean, memory bank and thresholds stay as they are: with eight bits in them, scores
+    are noise. INT8_PTQ is calibrated with training images, where anomalib takes the datamodule's validation images,
+    which may be test images.
+    """
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX.
+
+        Args:
+            export_root (Path | str): Folder in which ``weights/onnx`` is made.
+            model_file_name (str): Name of the file, without suffix.
+            input_size (tuple[int, int] | None): Height and width of all images; any by default.
+            **kwargs (Any): Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path: The ONNX file.
+        """
+        # What torch writes; anomalib asks for 14, to which it cannot be converted.
+        kwargs.setdefault("opset_version", 18)
+        return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def _compress_ov_model(
+        self,
+        model: "ov.Model",
+        compression_type: CompressionType | None = None,
+        datamodule: AnomalibDataModule | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> "ov.Model":
+        if compression_type not in (CompressionType.INT8, CompressionType.INT8_PTQ):
+            return super()._compress_ov_model(model, compression_type, datamodule, *args, **kwargs)
+
+        import nncf
+
+        ignored = nncf.IgnoredScope(names=_without_trained_weights(model, self.model), validate=False)
+        if compression_type == CompressionType.INT8:
+            return nncf.compress_weights(model, ignored_scope=ignored)
+        if datamodule is None:
+            msg = "INT8_PTQ is calibrated with training images: give the datamodule that the model was trained on."
+            raise ValueError(msg)
+        datamodule.setup("fit")
+        size = model.input(0).partial_shape[2:]
+
+        def prepare(item: ImageItem) -> np.ndarray:
+            image = torch.as_tensor(item.image)[None]
+            return (resize(image, list(size.to_shape())) if size.is_static else image).numpy()
+
+        return nncf.quantize(model, nncf.Dataset(datamodule.train_data, prepare), ignored_scope=ignored)
+
+
+def _without_trained_weights(model: "ov.Model", network: torch.nn.Module) -> list[str]:
+    """Names of all operations but the products and convolutions with a weight of the network."""
+    weights = [weight.detach().cpu().numpy() for weight in network.parameters()]
+
+    def is_trained(operation: "ov.Node") -> bool:
+        if operation.get_type_name() not in ("MatMul", "Convolution"):
+            return False
+        factor = operation.input_value(1).get_node()
+        # Converting renames constants and transposes them.
+        return factor.get_type_name() == "Constant" and any(
+            np.array_equal(factor.data, weight) or np.array_equal(factor.data, weight.T) for weight in weights
+        )
+
+    operations = [operation for operation in model.get_ops() if operation.get_type_name() != "Constant"]
+    return [operation.get_friendly_name() for operation in operations if not is_trained(operation)]
