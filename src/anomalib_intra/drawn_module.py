@@ -4,6 +4,7 @@
 import logging
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from anomalib.data import Batch, ImageBatch
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
@@ -23,6 +25,7 @@ from anomalib_intra.draws import DrawLoader, Draws
 from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
+from anomalib_intra.report import RunReport
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
 
 logger = logging.getLogger(__name__)
@@ -70,6 +73,8 @@ class DrawnModule(AnomalibModule):
         self._draw_seed: int | None = None
         self._clock_started: float | None = None
         self._draws_since = 0
+        #: A row for each epoch trained: ``epoch`` and, where there was one, ``train_loss`` and ``val_loss``.
+        self.losses: list[dict[str, float]] = []
 
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
@@ -109,6 +114,13 @@ class DrawnModule(AnomalibModule):
         """What a checkpoint without calibration lacks, for a warning."""
 
     # ---- components --------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add a report, unless pictures are switched off or the user brought their own."""
+        callbacks = list(super().configure_callbacks())
+        # One that is there already too: it must come after the post-processor, which gives it scores.
+        present = [callback for callback in self.trainer.callbacks if isinstance(callback, RunReport)]
+        return callbacks + (present or [RunReport()] * bool(self.visualizer))
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -158,6 +170,9 @@ class DrawnModule(AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Make other draws than in the epoch before."""
+        # A run that begins anew, or goes on from an earlier epoch, leaves no losses of another run behind.
+        self.losses = [row for row in self.losses if row["epoch"] < self.current_epoch]
+        self.losses.append({"epoch": self.current_epoch})
         self._draws.epoch = self.current_epoch
         self._clock_started = None
 
@@ -179,6 +194,7 @@ class DrawnModule(AnomalibModule):
         metrics = self.trainer.callback_metrics
         train_loss, val_loss = (float(metrics.get(name, torch.nan)) for name in ("train_loss_epoch", "val_loss"))
         logger.info("Epoch %d: train_loss %.5f, val_loss %.5f", self.current_epoch, train_loss, val_loss)
+        self.losses[-1]["train_loss"] = train_loss
 
     def on_train_end(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
@@ -191,6 +207,7 @@ class DrawnModule(AnomalibModule):
         self._calibrate(self._images)
         if stored:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
+            checkpoint["losses"] = self.losses  # of the epochs after the best one too
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
@@ -203,6 +220,11 @@ class DrawnModule(AnomalibModule):
         """Make sure that the model is calibrated where it is validated outside training."""
         if self.trainer.state.fn != "fit":
             self._ensure_calibrated()
+
+    def on_validation_end(self) -> None:
+        """Keep the epoch's validation loss for the training curves."""
+        if self.trainer.state.fn == "fit" and "val_loss" in self.trainer.callback_metrics:
+            self.losses[-1]["val_loss"] = float(self.trainer.callback_metrics["val_loss"])
 
     def on_test_start(self) -> None:
         """Make sure that the model is calibrated."""
@@ -236,8 +258,9 @@ class DrawnModule(AnomalibModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the seed of the draws beside what anomalib stores."""
+        """Store the seed of the draws and the losses beside what anomalib stores."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._draw_seed
         self._forget_callback_state(checkpoint)
 
@@ -245,6 +268,7 @@ class DrawnModule(AnomalibModule):
         """Restore what was stored."""
         super().on_load_checkpoint(checkpoint)
         self._draw_seed = checkpoint.get("draw_seed")
+        self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)
 
     def _forget_callback_state(self, checkpoint: dict[str, Any]) -> None:

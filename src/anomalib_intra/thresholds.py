@@ -155,6 +155,25 @@ class UnsaturatedPostProcessor(PostProcessor):
         threshold = threshold.clamp(min=_SMALLEST_THRESHOLD)
         return torch.where(torch.isnan(threshold), raw, raw / (raw + threshold))
 
+    # ---- what pictures and reports need ------------------------------------------------------------------------------
+
+    @property
+    def normalizes_maps(self) -> bool:
+        """Whether maps come out normalized; without a threshold there is nothing to normalize them by."""
+        return self.enable_normalization and not bool(torch.isnan(self.pixel_threshold))
+
+    @property
+    def decision_threshold(self) -> float | None:
+        """The score above which an image is called anomalous, on the scale of the scores that come out.
+
+        None where nothing is decided: thresholding is off, or no threshold was ever set.
+        """
+        threshold = float(self.image_threshold)
+        if not self.enable_thresholding or threshold != threshold:
+            return None
+        allowed = 1 - self.image_sensitivity
+        return allowed if self.enable_normalization else threshold * allowed / self.image_sensitivity
+
     # ---- callback ----------------------------------------------------------------------------------------------------
 
     def on_validation_batch_end(
