@@ -24,6 +24,7 @@ from anomalib_intra.batch import UnroundedBatch, is_normal
 from anomalib_intra.draws import DrawLoader, Draws
 from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.optimizers import drop_unreadable
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
 from anomalib_intra.report import RunReport
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
@@ -117,6 +118,7 @@ class DrawnModule(AnomalibModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add a report, unless pictures are switched off or the user brought their own."""
+        drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         callbacks = list(super().configure_callbacks())
         # One that is there already too: it must come after the post-processor, which gives it scores.
         present = [callback for callback in self.trainer.callbacks if isinstance(callback, RunReport)]

@@ -11,7 +11,7 @@ from PIL.Image import Resampling
 _PREDICTED, _TRUE = (255, 48, 32), (0, 224, 255)
 # Raw anomaly maps are shown as in the paper's Figure 4.
 _RAW_SCALE = 50
-_TITLE_SIZE = 16
+_TITLE_SIZE, _GAP = 16, 4
 
 
 def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), normalized: bool = True) -> dict[str, Image.Image]:
@@ -34,7 +34,7 @@ def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), normalized:
         >>> {title: panel.size for title, panel in panels.items()}
         {'Image': (128, 64), 'Anomaly map': (128, 64)}
     """
-    image = ImageOps.contain(_picture(item.image), size)
+    image = ImageOps.contain(_picture(torch.as_tensor(item.image)), size)
     panels = {"Image": image}
     reconstruction = getattr(item, "reconstruction", None)
     if reconstruction is not None:
@@ -49,7 +49,7 @@ def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), normalized:
     if known:
         outlined = image.copy()
         for mask, colour in known.values():
-            outlined.paste(colour, mask=_outline(mask, image.size))
+            outlined.paste(colour, mask=_outline(torch.as_tensor(mask), image.size))
         colours = {"true": "cyan: true", "predicted": "red: predicted"}
         panels[f"Masks ({', '.join(colours[name] for name in reversed(known))})"] = outlined
     return panels
@@ -66,23 +66,24 @@ def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:
 
     Example:
         >>> side_by_side({"A": Image.new("RGB", (100, 50)), "B": Image.new("RGB", (100, 50))}).size
-        (200, 74)
+        (204, 74)
     """
     width, height = next(iter(panels.values())).size
     head = _TITLE_SIZE * 3 // 2
-    row = Image.new("RGB", (width * len(panels), head + height), "black")
+    row = Image.new("RGB", ((width + _GAP) * len(panels) - _GAP, head + height), "black")
     draw, font = ImageDraw.Draw(row), ImageFont.load_default(_TITLE_SIZE)
     for i, (title, panel) in enumerate(panels.items()):
-        row.paste(panel, (i * width, head))
-        draw.text((i * width + 4, head / 2), title, "white", font, anchor="lm")
+        left = i * (width + _GAP)
+        row.paste(panel, (left, head))
+        draw.text((left + 4, head / 2), title, "white", font, anchor="lm")
     return row
 
 
 def _picture(image: torch.Tensor) -> Image.Image:
-    return visualize_image(torch.as_tensor(image).detach().float().clamp(0, 1).cpu()).convert("RGB")
+    return visualize_image(image.detach().float().clamp(0, 1).cpu()).convert("RGB")
 
 
 def _outline(mask: torch.Tensor, size: tuple[int, int]) -> Image.Image:
     # A line just outside of the mask: it leaves what is inside to be seen, however small that is.
-    filled = visualize_image(torch.as_tensor(mask).detach().cpu().bool().float()).resize(size, Resampling.NEAREST)
+    filled = visualize_image(mask.detach().cpu().bool().float()).resize(size, Resampling.NEAREST)
     return ImageChops.subtract(filled.filter(ImageFilter.MaxFilter(5)), filled)

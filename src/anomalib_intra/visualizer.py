@@ -30,7 +30,7 @@ class InTraVisualizer(Visualizer):
         >>> item = InTraItem(image=torch.rand(3, 64, 64), reconstruction=torch.rand(3, 64, 64),
         ...                  anomaly_map=torch.rand(64, 64), pred_mask=torch.rand(64, 64) > 0.5)
         >>> InTraVisualizer(field_size=(128, 128)).visualize(item).size
-        (512, 152)
+        (524, 152)
     """
 
     def __init__(self, field_size: tuple[int, int] = (256, 256), output_dir: str | Path | None = None) -> None:

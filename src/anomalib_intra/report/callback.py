@@ -4,6 +4,7 @@
 import logging
 import re
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,20 +56,20 @@ class RunReport(Callback):
         self._record = TestRecord(self.cases)
 
     def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: ImageBatch, batch: ImageBatch, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Take down the scores of a batch."""
-        del trainer, outputs, args, kwargs
+        del trainer, outputs, batch_idx, dataloader_idx
         post_processor = pl_module.post_processor
         decides = post_processor.decision_threshold is not None
         for item in batch:
             image = Scored(
                 path=item.image_path or f"image {len(self._record.images)}",
-                score=float(item.pred_score),
+                score=torch.as_tensor(item.pred_score).item(),
                 anomalous=_known(item.gt_label),
                 called_anomalous=_known(item.pred_label) if decides else None,
             )
-            self._record.add(image, lambda item=item: draw_panels(item, normalized=post_processor.normalizes_maps))
+            self._record.add(image, partial(draw_panels, item, normalized=post_processor.normalizes_maps))
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the report, and give the loggers its pictures."""
@@ -78,7 +79,7 @@ class RunReport(Callback):
         evaluator = pl_module.evaluator
         names = [metric.name for metric in evaluator.test_metrics] if evaluator else []
         metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-        datamodule = trainer.datamodule
+        datamodule = getattr(trainer, "datamodule", None)
         data = [getattr(datamodule, name, None) for name in ("name", "category")]
         path = Path(trainer.default_root_dir) / "report.html"
         path.write_text(

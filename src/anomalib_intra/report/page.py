@@ -99,4 +99,4 @@ def _data_uri(picture: Image.Image) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None or value != value else f"{value:.{digits}f}"
+    return "-" if value is None or value != value else f"{value:.{digits}f}"

@@ -8,6 +8,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from pandas import DataFrame, Series
 
 # Blue and vermilion of Okabe and Ito, told apart with every kind of colour vision; shapes tell the same as colours.
@@ -20,7 +21,7 @@ _IN_PAGE = {
     UNKNOWN: "var(--quiet)",
     _INK: "currentColor",
 }
-_SIZE = (5.4, 3.3)  # inches: small enough that a telephone need not shrink the text out of sight
+_SIZE = (4.6, 3.0)  # inches: small enough that a telephone need not shrink the text out of sight
 _BINS = 30
 
 
@@ -40,27 +41,27 @@ def training_curves(losses: Sequence[dict[str, float]]) -> Figure | None:
         True
     """
     table = DataFrame(losses, columns=["epoch", "train_loss", "val_loss"]).astype(float)
-    known = table[["train_loss", "val_loss"]].stack()
+    known = table[["train_loss", "val_loss"]].to_numpy()
     known = known[np.isfinite(known)]
-    if known.empty:
+    if not len(known):
         return None
-    figure, axes = _figure()
+    figure, (axes,) = _figure()
     for column, label, colour, dashes in (
         ("train_loss", "training", NORMAL, (4, 2)),
         ("val_loss", "validation", ANOMALOUS, (None, None)),
     ):
-        drawn = table[np.isfinite(table[column])]
+        drawn = table[np.isfinite(table[column].to_numpy())]
         if len(drawn):
             marker = "o" if len(drawn) < 30 else None
             axes.plot(drawn.epoch, drawn[column], color=colour, dashes=dashes, marker=marker, ms=4, label=label)
     if table.val_loss.notna().any():
-        best = int(table.epoch[table.val_loss.idxmin()])
+        best = int(table.epoch.iloc[int(table.val_loss.argmin())])
         axes.axvline(best, color=_INK, lw=0.8, ls=":", label=f"lowest validation: epoch {best}")
     if known.min() > 0 and known.max() > 10 * known.min():
         axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel("loss")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, labelcolor=_INK)
     return figure
 
@@ -78,14 +79,14 @@ def score_histogram(images: DataFrame, threshold: float | None) -> Figure | None
     Example:
         >>> images = DataFrame({"score": [0.2, 0.7], "anomalous": [False, True]})
         >>> [axes.get_ylabel() for axes in score_histogram(images, 0.5).axes]
-        ['normal images', 'anomalous images']
+        ['normal', 'anomalous']
     """
-    images = images[np.isfinite(images.score)]
+    images = images[np.isfinite(images.score.to_numpy())]
     groups: list[tuple[str, str, Series]] = [
         (label, colour, images.score[match])
         for label, colour, match in (
-            ("normal images", NORMAL, images.anomalous.eq(False)),
-            ("anomalous images", ANOMALOUS, images.anomalous.eq(True)),
+            ("normal", NORMAL, images.anomalous.eq(False)),
+            ("anomalous", ANOMALOUS, images.anomalous.eq(True)),
             ("images", UNKNOWN, images.anomalous.isna()),
         )
         if match.any()
@@ -94,18 +95,16 @@ def score_histogram(images: DataFrame, threshold: float | None) -> Figure | None
         return None
     edges = np.histogram_bin_edges([*images.score, *([] if threshold is None else [threshold])], bins=_BINS)
     figure, rows = _figure(len(groups))
-    for axes, (label, colour, scores) in zip(np.atleast_1d(rows), groups, strict=True):
-        axes.hist(scores, bins=edges, color=colour)
+    for axes, (label, colour, scores) in zip(rows, groups, strict=True):
+        axes.hist(scores, bins=list(edges), color=colour)
         axes.set_ylabel(label)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
         if threshold is not None:
             axes.axvline(threshold, color=_INK, lw=1.2, ls="--")
     if threshold is not None:
-        first = np.atleast_1d(rows)[0]
-        first.annotate(
-            f"threshold {threshold:.3g}", (threshold, 1.02), xycoords=("data", "axes fraction"), ha="center", color=_INK
-        )
-    axes.set_xlabel("anomaly score")
+        above = rows[0].get_xaxis_transform()
+        rows[0].text(threshold, 1.03, f"threshold {threshold:.3g}", transform=above, ha="center", color=_INK)
+    rows[-1].set_xlabel("anomaly score")
     return figure
 
 
@@ -136,14 +135,14 @@ def as_svg(figure: Figure, description: str) -> str:
     return f'<svg role="img" aria-label="{description}" viewBox="0 0 {width:g} {height:g}">{body}'
 
 
-def _figure(rows: int = 1) -> tuple[Figure, Axes]:
+def _figure(rows: int = 1) -> tuple[Figure, list[Axes]]:
     # Without pyplot, which would keep every figure and want a display.
     figure = Figure(figsize=_SIZE, layout="constrained")
-    axes = figure.subplots(rows, sharex=True)
-    for one in np.atleast_1d(axes):
+    axes: list[Axes] = list(figure.subplots(rows, sharex=True, squeeze=False)[:, 0])
+    for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.spines[["left", "bottom"]].set_color(_INK)
-        one.tick_params(colors=_INK)
+        one.tick_params(which="both", colors=_INK)
         one.xaxis.label.set_color(_INK)
         one.yaxis.label.set_color(_INK)
     return figure, axes

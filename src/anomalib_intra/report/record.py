@@ -5,6 +5,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -122,11 +123,13 @@ class TestRecord:
         merged, seen = None, set()
         for record in records:
             merged = merged or cls(record.cases)
-            panels = {case.image.path: case.panels for heap in record._heaps.values() for *_, case in heap}
+            panels: dict[str, dict[str, Image.Image]] = {
+                case.image.path: case.panels for heap in record._heaps.values() for *_, case in heap
+            }
             for image in record.images:
                 if image.path not in seen:
                     # Only for a moment can one without panels be kept: the lowest and highest of all have them.
-                    merged.add(image, lambda image=image, panels=panels: panels.get(image.path, {}))
+                    merged.add(image, partial(dict.get, panels, image.path, {}))
                     seen.add(image.path)
         return merged or cls()
 
@@ -154,7 +157,9 @@ class TestRecord:
             ``called_anomalous``.
         """
         columns = ["name", "kind", "score", "anomalous", "called_anomalous"]
-        return DataFrame([[getattr(image, column) for column in columns] for image in self.images], columns=columns)
+        rows = [[getattr(image, column) for column in columns] for image in self.images]
+        types = {"score": float, "anomalous": object, "called_anomalous": object}
+        return DataFrame(rows, columns=columns).astype(types)
 
     def by_kind(self) -> DataFrame:
         """Summarise the scores of every kind of image, normal ones first.
@@ -165,23 +170,24 @@ class TestRecord:
             images, and without any).
         """
         images = self.frame()
-        normal = images.score[images.anomalous == False]  # noqa: E712
+        normal = images.score[images.anomalous.eq(False)]
         rows = []
-        for (kind, anomalous), group in images.groupby(["kind", "anomalous"], dropna=False):
-            decided = group.called_anomalous.dropna()
-            rows.append(
-                {
-                    "kind": kind,
-                    "anomalous": anomalous,
-                    "images": len(group),
-                    "called_anomalous": int(decided.sum()) if len(decided) else None,
-                    "lowest": group.score.min(),
-                    "median": group.score.median(),
-                    "highest": group.score.max(),
-                    "auroc": auroc(group.score, normal) if anomalous is True else math.nan,
-                }
-            )
-        return DataFrame(rows).sort_values(["anomalous", "kind"], ignore_index=True)
+        for known in (images.anomalous.eq(False), images.anomalous.eq(True), images.anomalous.isna()):
+            for kind, group in images[known].groupby("kind"):
+                anomalous = group.anomalous.iloc[0]
+                rows.append(
+                    {
+                        "kind": kind,
+                        "anomalous": anomalous,
+                        "images": len(group),
+                        "called_anomalous": int(group.called_anomalous.eq(True).sum()),
+                        "lowest": group.score.min(),
+                        "median": group.score.median(),
+                        "highest": group.score.max(),
+                        "auroc": auroc(group.score, normal) if anomalous else math.nan,
+                    }
+                )
+        return DataFrame(rows)
 
 
 def auroc(anomalous: Series, normal: Series) -> float:
