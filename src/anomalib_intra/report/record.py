@@ -3,6 +3,7 @@
 
 import heapq
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -123,13 +124,12 @@ class TestRecord:
         merged, seen = None, set()
         for record in records:
             merged = merged or cls(record.cases)
-            panels: dict[str, dict[str, Image.Image]] = {
-                case.image.path: case.panels for heap in record._heaps.values() for *_, case in heap
-            }
+            kept = {case.image.path: case.panels for heap in record._heaps.values() for *_, case in heap}
+            # Only for a moment can an image without panels be kept: the lowest and highest of all have them.
+            panels = defaultdict(dict[str, Image.Image], kept)
             for image in record.images:
                 if image.path not in seen:
-                    # Only for a moment can one without panels be kept: the lowest and highest of all have them.
-                    merged.add(image, partial(dict.get, panels, image.path, {}))
+                    merged.add(image, partial(panels.__getitem__, image.path))
                     seen.add(image.path)
         return merged or cls()
 
