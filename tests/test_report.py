@@ -106,7 +106,7 @@ def test_report_is_one_small_file_that_points_nowhere_else(trained: tuple) -> No
             assert (attributes.get(name) or "#").startswith(("#", "data:image/webp;base64,"))
     styles = (run / "report.html").read_text(encoding="utf-8")
     assert "@import" not in styles
-    assert set(part.split(")")[0][:1] for part in styles.split("url(")[1:]) <= {"#"}
+    assert {part[:1] for part in styles.split("url(")[1:]} <= {"#"}
 
 
 def test_every_picture_can_be_read_and_is_described(trained: tuple) -> None:
@@ -161,7 +161,7 @@ def test_later_test_of_the_checkpoint_shows_the_curves_of_its_training(
 def test_losses_survive_resuming_and_a_new_training_begins_anew(
     trained: tuple, demo: TextureDemo, tmp_path: Path
 ) -> None:
-    model, engine, run = trained
+    model, _, run = trained
     resumed = tiny_intra()
     tiny_engine(tmp_path, max_epochs=5).fit(resumed, datamodule=demo, ckpt_path=run / "weights/lightning/last.ckpt")
     assert [row["epoch"] for row in resumed.losses] == [0, 1, 2, 3, 4]
@@ -288,11 +288,12 @@ def test_records_of_several_processes_are_one_without_the_images_that_fill_them_
             parts[1].add(image, lambda n=n: {"Image": Image.new("RGB", (n + 1, 1))})
     merged = TestRecord.merged(parts)
     assert sorted(image.path for image in merged.images) == sorted(image.path for image in whole.images)
-    described = [
-        [(cases.title, case.image.path, case.panels["Image"].width) for cases in record.case_lists() for case in cases.cases]
-        for record in (merged, whole)
-    ]  # fmt: skip
-    assert described[0] == described[1]
+
+    def cases(record: TestRecord) -> list[tuple[str, str, int]]:
+        lists = record.case_lists()
+        return [(one.title, case.image.path, case.panels["Image"].width) for one in lists for case in one.cases]
+
+    assert cases(merged) == cases(whole)
 
 
 def test_auroc_of_a_kind_is_that_of_torchmetrics() -> None:
