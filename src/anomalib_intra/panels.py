@@ -9,22 +9,18 @@ from PIL.Image import Resampling
 
 # Told apart with every kind of colour vision; green beside red is not.
 _PREDICTED, _TRUE = (255, 48, 32), (0, 224, 255)
-# Raw anomaly maps are shown as in the paper's Figure 4.
-_RAW_SCALE = 50
 _TITLE_SIZE, _GAP = 16, 4
 
 
-def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), normalized: bool = True) -> dict[str, Image.Image]:
+def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), scale: float = 1.0) -> dict[str, Image.Image]:
     """Draw what is known of an image, each in a panel of its own.
-
-    All anomaly maps of a run share one scale, so that their colours can be compared: half of it is the threshold, or,
-    of maps that are not normalized, raw values are multiplied by 50 as in the paper's Figure 4.
 
     Args:
         item (ImageItem): Image in [0, 1], shape ``(3, H, W)``, with anomaly map and, where known, reconstruction and
             masks.
         size (tuple[int, int]): Width and height within which a panel fits, in pixels; images keep their proportions.
-        normalized (bool): Whether the anomaly map is normalized.
+        scale (float): What the anomaly map is multiplied by to be shown from 0 (blue) to 1 (red); one value for a whole
+            run, so that colours can be compared, see :attr:`UnsaturatedPostProcessor.display_scale`.
 
     Returns:
         dict[str, Image.Image]: Panels of one size by their titles.
@@ -40,7 +36,7 @@ def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), normalized:
     if reconstruction is not None:
         panels["Reconstruction"] = _picture(reconstruction).resize(image.size)
     if item.anomaly_map is not None:
-        scaled = (item.anomaly_map.detach().float() * (1 if normalized else _RAW_SCALE)).clamp(0, 1).cpu()
+        scaled = (item.anomaly_map.detach().float() * scale).clamp(0, 1).cpu()
         # Resized before it is coloured: between two colours of the scale lies a third that means another value.
         grey = visualize_anomaly_map(scaled, colormap=False).convert("L").resize(image.size, Resampling.BILINEAR)
         panels["Anomaly map"] = visualize_anomaly_map(grey)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From raw scores and maps to decisions, without saturation: thresholds and normalized scores of any model."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -157,10 +158,16 @@ class UnsaturatedPostProcessor(PostProcessor):
 
     # ---- what pictures and reports need ------------------------------------------------------------------------------
 
+    #: What raw maps are multiplied by to be shown; None puts the threshold at half of the scale.
+    raw_display_scale: float | None = None
+
     @property
-    def normalizes_maps(self) -> bool:
-        """Whether maps come out normalized; without a threshold there is nothing to normalize them by."""
-        return self.enable_normalization and not bool(torch.isnan(self.pixel_threshold))
+    def display_scale(self) -> float:
+        """What the maps that come out are multiplied by to be shown from 0 to 1: one value for a whole run."""
+        threshold = float(self.pixel_threshold)
+        if self.enable_normalization and not math.isnan(threshold):
+            return 1.0  # normalized, which puts the threshold at 0.5
+        return self.raw_display_scale or (0.5 / threshold if threshold > 0 else 1.0)
 
     @property
     def decision_threshold(self) -> float | None:
@@ -169,7 +176,7 @@ class UnsaturatedPostProcessor(PostProcessor):
         None where nothing is decided: thresholding is off, or no threshold was ever set.
         """
         threshold = float(self.image_threshold)
-        if not self.enable_thresholding or threshold != threshold:
+        if not self.enable_thresholding or math.isnan(threshold):
             return None
         allowed = 1 - self.image_sensitivity
         return allowed if self.enable_normalization else threshold * allowed / self.image_sensitivity

@@ -38,17 +38,18 @@ class InTraVisualizer(Visualizer):
         self.field_size = field_size
         self.output_dir = output_dir
 
-    def visualize(self, item: InTraItem, normalized: bool = True) -> Image.Image:
+    def visualize(self, item: InTraItem, scale: float = 1.0) -> Image.Image:
         """Draw one image.
 
         Args:
             item (InTraItem): Image with reconstruction, anomaly map and, where known, masks.
-            normalized (bool): Whether the anomaly map is normalized.
+            scale (float): What the anomaly map is multiplied by; 1 for normalized maps, else the post-processor's
+                ``display_scale``.
 
         Returns:
             Image.Image: The panels side by side, each below its title.
         """
-        return side_by_side(draw_panels(item, self.field_size, normalized))
+        return side_by_side(draw_panels(item, self.field_size, scale))
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: InTraBatch, batch: InTraBatch, *args: Any, **kwargs: Any
@@ -66,7 +67,7 @@ class InTraVisualizer(Visualizer):
                 dataset_name=Path(root).name if root else getattr(datamodule, "name", None),
                 category=getattr(datamodule, "category", None),
             )
-            self.visualize(item, pl_module.post_processor.normalizes_maps).save(filename)
+            self.visualize(item, pl_module.post_processor.display_scale).save(filename)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: InTraBatch, batch: InTraBatch, *args: Any, **kwargs: Any

@@ -69,7 +69,7 @@ class RunReport(Callback):
                 anomalous=_known(item.gt_label),
                 called_anomalous=_known(item.pred_label) if decides else None,
             )
-            self._record.add(image, partial(draw_panels, item, normalized=post_processor.normalizes_maps))
+            self._record.add(image, partial(draw_panels, item, scale=post_processor.display_scale))
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the report, and give the loggers its pictures."""
