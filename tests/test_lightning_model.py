@@ -76,7 +76,7 @@ def test_training_tests_and_draws(trained: tuple) -> None:
     for kind in ("good", "hole", "scratch", "smear", "displaced"):
         assert len(list((run / "images/test" / kind).glob("*.png"))) == (20 if kind == "good" else 8)
     with Image.open(run / "images/test/hole/000.png") as picture:
-        assert picture.size == (4 * 256, 256)
+        assert picture.size == (4 * 256 + 3 * 4, 24 + 256)
     assert model.post_processor.training_mean.shape == (1, 1, 64, 64)
     assert not torch.isnan(model.post_processor.image_threshold)
 

@@ -4,6 +4,7 @@
 import logging
 import time
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
@@ -29,8 +31,10 @@ from anomalib_intra.finite_loss import FiniteLoss
 from anomalib_intra.image_files import check_image_files
 from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages, shared_loader
+from anomalib_intra.optimizers import drop_unreadable
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
 from anomalib_intra.random_state import random_state, set_random_state
+from anomalib_intra.report import RunReport
 from anomalib_intra.run_folder import share_run_folder
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
 
@@ -89,6 +93,8 @@ class DrawnModule(CompleteExport, AnomalibModule):
         self._val_loss = torch.zeros(2)
         self._clock_started: float | None = None
         self._draws_since = 0
+        #: A row for each epoch trained: ``epoch`` and, where there was one, ``train_loss`` and ``val_loss``.
+        self.losses: list[dict[str, float]] = []
 
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
@@ -128,6 +134,14 @@ class DrawnModule(CompleteExport, AnomalibModule):
         """What a checkpoint without calibration lacks, for a warning."""
 
     # ---- components --------------------------------------------------------------------------------------------------
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Add a report, unless pictures are switched off or the user brought their own."""
+        drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
+        callbacks = list(super().configure_callbacks())
+        # One that is there already too: it must come after the post-processor, which gives it scores.
+        present = [callback for callback in self.trainer.callbacks if isinstance(callback, RunReport)]
+        return callbacks + (present or [RunReport()] * bool(self.visualizer))
 
     @staticmethod
     def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
@@ -208,6 +222,9 @@ class DrawnModule(CompleteExport, AnomalibModule):
 
     def on_train_epoch_start(self) -> None:
         """Make other draws than in the epoch before."""
+        # A run that begins anew, or goes on from an earlier epoch, leaves no losses of another run behind.
+        self.losses = [row for row in self.losses if row["epoch"] < self.current_epoch]
+        self.losses.append({"epoch": self.current_epoch})
         self._draws.epoch = self.current_epoch
         self._clock_started = None
 
@@ -230,6 +247,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         metrics = self.trainer.callback_metrics
         train_loss, val_loss = (float(metrics.get(name, torch.nan)) for name in ("train_loss_epoch", "val_loss"))
         logger.info("Epoch %d: train_loss %.5f, val_loss %.5f", self.current_epoch, train_loss, val_loss)
+        self.losses[-1]["train_loss"] = train_loss
 
     def on_train_end(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
@@ -242,6 +260,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         self._calibrate(self._images)
         if stored:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
+            checkpoint["losses"] = self.losses  # of the epochs after the best one too
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
@@ -276,6 +295,11 @@ class DrawnModule(CompleteExport, AnomalibModule):
         if self.trainer.state.fn != "fit":
             check_image_files(self.trainer.val_dataloaders)
             self._ensure_calibrated()
+
+    def on_validation_end(self) -> None:
+        """Keep the epoch's validation loss for the training curves."""
+        if self.trainer.state.fn == "fit" and "val_loss" in self.trainer.callback_metrics:
+            self.losses[-1]["val_loss"] = float(self.trainer.callback_metrics["val_loss"])
 
     def on_test_start(self) -> None:
         """Make sure that images and model are fit for a test."""
@@ -325,9 +349,10 @@ class DrawnModule(CompleteExport, AnomalibModule):
         return super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the seed of the draws and the random state beside what anomalib stores; never store broken weights."""
+        """Store seed and state of random numbers and the losses beside what anomalib stores; never broken weights."""
         self._finite_loss.check()
         super().on_save_checkpoint(checkpoint)
+        checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._draw_seed
         checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
@@ -338,6 +363,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         self._draw_seed = checkpoint.get("draw_seed")
         self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)
+        self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)
 
     def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> None:
@@ -348,7 +374,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
             return
         if str(trainer.ckpt_path) == self._resumed_from and self.is_calibrated:
             logger.info("Testing what was just trained, not %s, which it was resumed from.", self._resumed_from)
-            checkpoint["state_dict"] = self.state_dict()
+            checkpoint["state_dict"], checkpoint["losses"] = self.state_dict(), self.losses
         self._resumed_from = None
 
     def _forget_callback_state(self, checkpoint: dict[str, Any]) -> None:

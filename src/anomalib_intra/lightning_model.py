@@ -20,7 +20,7 @@ from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 
 from anomalib_intra.batch import InTraBatch, is_normal
@@ -31,6 +31,7 @@ from anomalib_intra.flat_check import FlatCheck
 from anomalib_intra.grid import patchify
 from anomalib_intra.loss import InpaintingLoss
 from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.optimizers import as_commanded
 from anomalib_intra.post_processor import InTraPostProcessor
 from anomalib_intra.torch_model import InpaintingTransformer
 from anomalib_intra.visualizer import InTraVisualizer
@@ -186,13 +187,13 @@ class InTra(DrawnModule):
             callbacks += [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
         return callbacks
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam (sec. 4.1).
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam (sec. 4.1), unless the command line names another optimizer.
 
         Returns:
-            torch.optim.Optimizer: The optimizer.
+            OptimizerLRScheduler: The optimizer, and a schedule where the command line names one.
         """
-        return torch.optim.Adam(self.model.parameters(), lr=self.learning_rate)
+        return as_commanded(self, torch.optim.Adam(self.model.parameters(), lr=self.learning_rate))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     """
 
     training_mean: torch.Tensor
+    raw_display_scale = 50.0  # as in the paper's Figure 4
 
     def __init__(
         self,

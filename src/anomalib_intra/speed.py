@@ -177,7 +177,7 @@ def _training(intra: InTra, steps: int, device: torch.device, autocast: Callable
         intra.image_size,
         seed=0,
     )
-    optimizer = intra.configure_optimizers()
+    optimizer = torch.optim.Adam(intra.model.parameters(), lr=intra.learning_rate)
     intra.train()
     windows, started = 0, 0.0
     for number, batch in enumerate(loader):

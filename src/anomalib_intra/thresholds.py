@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From raw scores and maps to decisions, without saturation: thresholds and normalized scores of any model."""
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,31 @@ class UnsaturatedPostProcessor(PostProcessor):
             raw, threshold = raw.double(), threshold.double()
         threshold = threshold.clamp(min=_SMALLEST_THRESHOLD)
         return torch.where(torch.isnan(threshold), raw, raw / (raw + threshold))
+
+    # ---- what pictures and reports need ------------------------------------------------------------------------------
+
+    #: What raw maps are multiplied by to be shown; None puts the threshold at half of the scale.
+    raw_display_scale: float | None = None
+
+    @property
+    def display_scale(self) -> float:
+        """What the maps that come out are multiplied by to be shown from 0 to 1: one value for a whole run."""
+        threshold = float(self.pixel_threshold)
+        if self.enable_normalization and not math.isnan(threshold):
+            return 1.0  # normalized, which puts the threshold at 0.5
+        return self.raw_display_scale or (0.5 / threshold if threshold > 0 else 1.0)
+
+    @property
+    def decision_threshold(self) -> float | None:
+        """The score above which an image is called anomalous, on the scale of the scores that come out.
+
+        None where nothing is decided: thresholding is off, or no threshold was ever set.
+        """
+        threshold = float(self.image_threshold)
+        if not self.enable_thresholding or math.isnan(threshold):
+            return None
+        allowed = 1 - self.image_sensitivity
+        return allowed if self.enable_normalization else threshold * allowed / self.image_sensitivity
 
     # ---- callback ----------------------------------------------------------------------------------------------------
 

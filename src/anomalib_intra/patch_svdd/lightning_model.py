@@ -13,13 +13,14 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from einops import rearrange
-from lightning.pytorch.utilities.types import STEP_OUTPUT
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 
 from anomalib_intra.batch import is_normal
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.optimizers import as_commanded
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
@@ -86,13 +87,13 @@ class PatchSVDD(DrawnModule):
         self.model = PatchSVDDModel(self.image_size)
         self.loss = PatchSVDDLoss(svdd_weight)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, for the encoder and the position classifiers.
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Adam, for the encoder and the position classifiers, unless the command line names another optimizer.
 
         Returns:
-            torch.optim.Optimizer: The optimizer.
+            OptimizerLRScheduler: The optimizer, and a schedule where the command line names one.
         """
-        return torch.optim.Adam(self.parameters(), lr=self.learning_rate)
+        return as_commanded(self, torch.optim.Adam(self.parameters(), lr=self.learning_rate))
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

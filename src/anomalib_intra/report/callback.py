@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a report beside the pictures of every test."""
+
+import logging
+import re
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch
+from anomalib.loggers.base import ImageLoggerBase
+from lightning.pytorch import Callback, Trainer
+
+from anomalib_intra.panels import draw_panels, side_by_side
+from anomalib_intra.report.page import render
+from anomalib_intra.report.plots import training_curves
+from anomalib_intra.report.record import CaseList, Scored, TestRecord
+
+logger = logging.getLogger(__name__)
+
+
+class RunReport(Callback):
+    """Writes ``report.html`` into the run's folder when a test ends, and ``training_curves.png`` when training does.
+
+    The report is one file that needs no network: figures of merit, training curves, a histogram of the scores with the
+    threshold, a table of the kinds of defects, and the most wrongly and the most clearly scored images. The pictures
+    of these also go to the loggers of the run that take images (anomalib's for TensorBoard, Weights & Biases, MLflow
+    and Comet).
+
+    Every model of this package has one, unless its ``visualizer`` is False.
+
+    Args:
+        cases (int): Images shown in each of the four lists of cases.
+
+    Example:
+        >>> from anomalib.engine import Engine
+        >>> engine = Engine(callbacks=[RunReport(cases=8)])
+    """
+
+    def __init__(self, cases: int = 4) -> None:
+        self.cases = cases
+        self._record = TestRecord(cases)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draw the training curves."""
+        curves = training_curves(pl_module.losses)
+        if curves is not None and trainer.is_global_zero:
+            curves.savefig(Path(trainer.default_root_dir) / "training_curves.png", dpi=150)
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin anew."""
+        del trainer, pl_module
+        self._record = TestRecord(self.cases)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take down the scores of a batch."""
+        del trainer, outputs, batch_idx, dataloader_idx
+        post_processor = pl_module.post_processor
+        decides = post_processor.decision_threshold is not None
+        for item in batch:
+            image = Scored(
+                path=item.image_path or f"image {len(self._record.images)}",
+                score=torch.as_tensor(item.pred_score).item(),
+                anomalous=_known(item.gt_label),
+                called_anomalous=_known(item.pred_label) if decides else None,
+            )
+            self._record.add(image, partial(draw_panels, item, scale=post_processor.display_scale))
+
+    def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the report, and give the loggers its pictures."""
+        record = self._record if trainer.world_size == 1 else TestRecord.merged(_gathered(self._record))
+        if not record.images or not trainer.is_global_zero:
+            return
+        evaluator = pl_module.evaluator
+        names = [metric.name for metric in evaluator.test_metrics] if evaluator else []
+        metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
+        datamodule = getattr(trainer, "datamodule", None)
+        data = [getattr(datamodule, name, None) for name in ("name", "category")]
+        path = Path(trainer.default_root_dir) / "report.html"
+        path.write_text(
+            render(
+                record,
+                title=" · ".join([pl_module.name, *filter(None, data)]),
+                date=datetime.now(),
+                threshold=pl_module.post_processor.decision_threshold,
+                metrics=metrics,
+                losses=pl_module.losses,
+                settings=dict(pl_module.hparams),
+            ),
+            encoding="utf-8",
+        )
+        logger.info("The report of this test: %s", path)
+        _log_pictures(trainer, record.case_lists())
+        self._record = TestRecord(self.cases)  # the pictures are not needed any more
+
+
+def _known(label: torch.Tensor | bool | None) -> bool | None:
+    return None if label is None else bool(label)
+
+
+def _gathered(record: TestRecord) -> list[TestRecord]:
+    records: list[TestRecord | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(records, record)
+    return [record for record in records if record is not None]
+
+
+def _log_pictures(trainer: Trainer, lists: list[CaseList]) -> None:
+    takers = [taker for taker in trainer.loggers if isinstance(taker, ImageLoggerBase)]
+    for taker in takers:
+        for cases in lists:
+            for case in cases.cases:
+                name = "_".join(re.findall(r"[\w.-]+", case.image.name)).rsplit(".", 1)[0]
+                taker.add_image(
+                    np.asarray(side_by_side(case.panels)),
+                    name=f"{cases.title.replace(' ', '_')}/{name}.png",  # MLflow needs the ending
+                    global_step=trainer.global_step,
+                )
+        taker.save()  # Weights & Biases sends nothing before

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a report: one HTML file that needs nothing from elsewhere."""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import version
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from anomalib_intra.report.plots import as_svg, score_histogram, training_curves
+from anomalib_intra.report.record import TestRecord
+
+#: Metrics in words; others are shown by their names.
+_IN_WORDS = {
+    "image_AUROC": ("Image AUROC", "how often an anomalous image scores above a normal one"),
+    "image_F1Score": ("Image F1", "of the decisions about images"),
+    "image_F1Max": ("Image F1, best", "over all thresholds"),
+    "pixel_AUROC": ("Pixel AUROC", "how often an anomalous pixel scores above a normal one"),
+    "pixel_F1Score": ("Pixel F1", "of the decisions about pixels"),
+    "pixel_F1Max": ("Pixel F1, best", "over all thresholds"),
+    "pixel_AUPRO": ("AUPRO", "overlap with every single defect, large or small"),
+    "good_PSNR": ("PSNR of normal images, dB", "how well they are reconstructed"),
+}
+
+
+def render(
+    record: TestRecord,
+    title: str,
+    date: datetime,
+    threshold: float | None,
+    metrics: Mapping[str, float],
+    losses: Sequence[dict[str, float]],
+    settings: Mapping[str, Any],
+) -> str:
+    """Write the page of a test.
+
+    Args:
+        record (TestRecord): The images of the test.
+        title (str): Model and data.
+        date (datetime): When the test ended.
+        threshold (float | None): Score above which an image is called anomalous, None where nothing is decided.
+        metrics (Mapping[str, float]): Figures of the test.
+        losses (Sequence[dict]): Rows of the training curves; may be empty.
+        settings (Mapping[str, Any]): The model's arguments.
+
+    Returns:
+        str: HTML.
+
+    Example:
+        >>> page = render(TestRecord(), "InTra", datetime(2025, 1, 1), None, {"image_AUROC": 0.9}, [], {"depth": 13})
+        >>> "Image AUROC" in page and "http" not in page
+        True
+    """
+    environment = Environment(
+        loader=PackageLoader("anomalib_intra", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"data_uri": _data_uri, "figure": _number}
+    images = record.frame()
+    return environment.get_template("page.html").render(
+        title=title,
+        date=date,
+        version=version("anomalib-intra"),
+        counts={
+            "all": len(images),
+            "normal": int(images.anomalous.eq(False).sum()),
+            "anomalous": int(images.anomalous.eq(True).sum()),
+            "unscored": int(images.score.isna().sum()),
+            "false_alarms": int((images.anomalous.eq(False) & images.called_anomalous.eq(True)).sum()),
+            "missed": int((images.anomalous.eq(True) & images.called_anomalous.eq(False)).sum()),
+        },
+        threshold=threshold,
+        metrics=[(*_IN_WORDS.get(name, (name, "")), value) for name, value in metrics.items()],
+        histogram=_inline(score_histogram(images, threshold), "Histogram of the anomaly scores"),
+        curves=_inline(training_curves(losses), "Training and validation loss of every epoch"),
+        kinds=record.by_kind().to_dict("records"),
+        lists=record.case_lists(),
+        settings=settings,
+    )
+
+
+def _inline(figure: Figure | None, description: str) -> Markup | None:
+    return None if figure is None else Markup(as_svg(figure, description))
+
+
+def _data_uri(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", quality=80)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or value != value else f"{value:.{digits}f}"

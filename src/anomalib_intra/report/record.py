@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept of a test: the scores of all images, pictures of a few."""
+
+import heapq
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+from pandas import DataFrame, Series
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Scored:
+    """An image of a test.
+
+    Args:
+        path (str): Its file.
+        score (float): Anomaly score.
+        anomalous (bool | None): Whether it is anomalous, where that is known.
+        called_anomalous (bool | None): Whether the model calls it anomalous, where it decides.
+    """
+
+    path: str
+    score: float
+    anomalous: bool | None = None
+    called_anomalous: bool | None = None
+
+    @property
+    def kind(self) -> str:
+        """Its folder, which names the kind of defect in most data sets."""
+        return Path(self.path).parent.name
+
+    @property
+    def name(self) -> str:
+        """Folder and file name."""
+        return str(Path(self.kind) / Path(self.path).name)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A scored image with its panels, by their titles."""
+
+    image: Scored
+    panels: dict[str, Image.Image]
+
+
+@dataclass(frozen=True)
+class CaseList:
+    """The cases of one kind, the most telling one first."""
+
+    title: str
+    why: str
+    cases: list[Case]
+
+
+# The label of the images, whether the highest scores are kept, title and explanation: the most wrong first.
+_LISTS: tuple[tuple[bool | None, bool, str, str], ...] = (
+    (True, False, "Lowest-scored anomalous images", "What the model misses, or comes nearest to missing."),
+    (False, True, "Highest-scored normal images", "False alarms, or what comes nearest to one."),
+    (True, True, "Highest-scored anomalous images", "The clearest anomalies."),
+    (False, False, "Lowest-scored normal images", "The clearest normal images."),
+    (None, True, "Highest-scored images", "Whether they are anomalous is not known."),
+    (None, False, "Lowest-scored images", "Whether they are anomalous is not known."),
+)
+
+
+@dataclass
+class TestRecord:
+    """Collects the images of a test, thousands of them if need be: pictures are drawn and kept of few.
+
+    Args:
+        cases (int): Pictures kept in each list of cases.
+
+    Example:
+        >>> record = TestRecord(cases=1)
+        >>> for score in (0.2, 0.1, 0.3):
+        ...     record.add(Scored(f"good/{score}.png", score, anomalous=False), dict)
+        >>> [[case.image.score for case in cases.cases] for cases in record.case_lists()]
+        [[0.3], [0.1]]
+    """
+
+    __test__ = False  # not a test, whatever pytest thinks of the name
+
+    cases: int = 4
+    images: list[Scored] = field(default_factory=list)
+    _heaps: dict[tuple[bool | None, bool], list[tuple[float, int, Case]]] = field(default_factory=dict)
+    _order: Iterator[int] = field(default_factory=count)
+
+    def add(self, image: Scored, draw: Callable[[], dict[str, Image.Image]]) -> None:
+        """Add an image; it is drawn if it is among the lowest or highest of its label so far.
+
+        Args:
+            image (Scored): The image.
+            draw (Callable): Draws its panels.
+        """
+        self.images.append(image)
+        if not math.isfinite(image.score):
+            return
+        panels = None
+        for highest in (True, False):
+            heap = self._heaps.setdefault((image.anomalous, highest), [])
+            rank = image.score if highest else -image.score
+            if len(heap) < self.cases or rank > heap[0][0]:
+                panels = draw() if panels is None else panels
+                # The running number decides between equal scores: the earlier image stays.
+                push = heapq.heappush if len(heap) < self.cases else heapq.heapreplace
+                push(heap, (rank, -next(self._order), Case(image, panels)))
+
+    @classmethod
+    def merged(cls, records: Iterable["TestRecord"]) -> "TestRecord":
+        """Put the records of several processes together.
+
+        Args:
+            records (Iterable[TestRecord]): Records of parts of a test; images in several of them count once.
+
+        Returns:
+            TestRecord: The record of all.
+        """
+        merged, seen = None, set()
+        for record in records:
+            merged = merged or cls(record.cases)
+            kept = {case.image.path: case.panels for heap in record._heaps.values() for *_, case in heap}
+            # Only for a moment can an image without panels be kept: the lowest and highest of all have them.
+            panels = defaultdict(dict[str, Image.Image], kept)
+            for image in record.images:
+                if image.path not in seen:
+                    merged.add(image, partial(panels.__getitem__, image.path))
+                    seen.add(image.path)
+        return merged or cls()
+
+    def case_lists(self) -> list[CaseList]:
+        """List the cases, each image once: in the first list it belongs to.
+
+        Returns:
+            list[CaseList]: Lists that are not empty; first those of the most wrongly scored images.
+        """
+        shown: set[int] = set()
+        lists = []
+        for anomalous, highest, title, why in _LISTS:
+            heap = sorted(self._heaps.get((anomalous, highest), []), reverse=True)
+            cases = [case for *_, case in heap if id(case.image) not in shown]
+            shown |= {id(case.image) for case in cases}
+            if cases:
+                lists.append(CaseList(title, why, cases))
+        return lists
+
+    def frame(self) -> DataFrame:
+        """Give the images as a table.
+
+        Returns:
+            DataFrame: A row for each image, with ``name``, ``kind``, ``score``, ``anomalous`` and
+            ``called_anomalous``.
+        """
+        columns = ["name", "kind", "score", "anomalous", "called_anomalous"]
+        rows = [[getattr(image, column) for column in columns] for image in self.images]
+        types = {"score": float, "anomalous": object, "called_anomalous": object}
+        return DataFrame(rows, columns=columns).astype(types)
+
+    def by_kind(self) -> DataFrame:
+        """Summarise the scores of every kind of image, normal ones first.
+
+        Returns:
+            DataFrame: A row for each kind, with ``kind``, ``anomalous``, ``images``, ``called_anomalous`` (their
+            number), ``lowest``, ``median``, ``highest`` and ``auroc`` against all normal images (NaN for normal
+            images, and without any).
+        """
+        images = self.frame()
+        normal = images.score[images.anomalous.eq(False)]
+        rows = []
+        for known in (images.anomalous.eq(False), images.anomalous.eq(True), images.anomalous.isna()):
+            for kind, group in images[known].groupby("kind"):
+                anomalous = group.anomalous.iloc[0]
+                rows.append(
+                    {
+                        "kind": kind,
+                        "anomalous": anomalous,
+                        "images": len(group),
+                        "called_anomalous": int(group.called_anomalous.eq(True).sum()),
+                        "lowest": group.score.min(),
+                        "median": group.score.median(),
+                        "highest": group.score.max(),
+                        "auroc": auroc(group.score, normal) if anomalous else math.nan,
+                    }
+                )
+        return DataFrame(rows)
+
+
+def auroc(anomalous: Series, normal: Series) -> float:
+    """Tell how often an anomalous image has a higher score than a normal one; equal scores count half.
+
+    Args:
+        anomalous (Series): Scores of anomalous images.
+        normal (Series): Scores of normal images.
+
+    Returns:
+        float: The AUROC in [0, 1], NaN where one of both is empty.
+
+    Example:
+        >>> auroc(Series([0.9, 0.4]), Series([0.1, 0.5]))
+        0.75
+    """
+    if not len(anomalous) or not len(normal):
+        return math.nan
+    ranks = Series([*anomalous, *normal]).rank()[: len(anomalous)]
+    return float((ranks.mean() - (len(anomalous) + 1) / 2) / len(normal))
