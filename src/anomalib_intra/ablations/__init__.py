@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's ablation studies (sec. 4.3) on the runs of the benchmark."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ class StudyRuns(BenchmarkRuns):
 
     def generate_jobs(
         self, args: dict[str, Any] | None = None, prev_stage_result: Any = None
-    ) -> Iterator[BenchmarkRun]:
+    ) -> Generator[BenchmarkRun, None, None]:
         """Check all entries of all studies, then yield the runs.
 
         Args:
@@ -86,7 +86,7 @@ def ablations(
 
     output = Path(output)
     generator = StudyRuns(output, accelerators.pop())
-    studies = {name: list(generator({name: part})) for name, part in parts.items()}
+    studies = {name: list(generator.generate_jobs({name: part})) for name, part in parts.items()}
     _check_shared(studies)
     try:
         run_missing(generator, {name: part for name, part in parts.items() if only in (None, name)})

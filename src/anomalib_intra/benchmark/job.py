@@ -4,7 +4,7 @@
 import json
 import multiprocessing
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import timedelta
 from inspect import signature
 from pathlib import Path
@@ -146,7 +146,7 @@ class BenchmarkRuns(JobGenerator):
 
     def generate_jobs(
         self, args: dict[str, Any] | None = None, prev_stage_result: Any = None
-    ) -> Iterator[BenchmarkRun]:
+    ) -> Generator[BenchmarkRun, None, None]:
         """Check all entries, then yield the runs.
 
         Args:

@@ -68,10 +68,9 @@ class LossCurve(Callback):
             )
             raise ValueError(msg)
         if trainer.is_global_zero:
-            curve = read_curve(self.path)
-            curve.loc[epoch] = loss
+            losses = {**read_curve(self.path).to_dict(), epoch: loss}
             draft = self.path.with_suffix(".tmp")
-            curve.sort_index().to_csv(draft)
+            Series(losses, name="val_loss").rename_axis("epoch").to_csv(draft)
             draft.replace(self.path)
         seconds = (time.monotonic() - self._started) / (epoch + 1 - self._first_epoch)
         left = timedelta(seconds=round(seconds * (self.epochs - epoch - 1 + self.to_come)))

@@ -62,8 +62,9 @@ class Fit(AnomalibCLI):
         """Refuse other models, and seed everything before the model draws its weights, which anomalib leaves out."""
         super().before_instantiate_classes()
         kind = locate(self.config["fit"]["model"]["class_path"])
-        if not issubclass(kind, InTra):
-            msg = f"The image size is chosen for InTra, by its validation loss; the config has {kind.__name__}."
+        if not (isinstance(kind, type) and issubclass(kind, InTra)):
+            name = self.config["fit"]["model"]["class_path"]
+            msg = f"The image size is chosen for InTra, by its validation loss; the config has {name}."
             raise ValueError(msg)
         seed = self.config["fit"]["seed_everything"]
         if seed is not False:

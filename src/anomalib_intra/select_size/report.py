@@ -35,7 +35,11 @@ def selection(curves: Mapping[int, Series]) -> DataFrame:
     """
     means = {size: averaged(curves[size]) for size in sorted(curves)}
     table = DataFrame(
-        [{"image_size": size, "best_loss": mean.min(), "best_epoch": mean.idxmin() + 1} for size, mean in means.items()]
+        [
+            # Epochs are numbered from 0 in order, so the place of the best is its number.
+            {"image_size": size, "best_loss": mean.min(), "best_epoch": int(mean.to_numpy().argmin()) + 1}
+            for size, mean in means.items()
+        ]
     )
     table["next_is_better_by"] = table["best_loss"] - table["best_loss"].shift(-1)
     table["chosen"] = table["image_size"] == choose(dict(zip(table["image_size"], table["best_loss"], strict=True)))
@@ -76,12 +80,12 @@ def write_selection(curves: Mapping[int, Series], settings: dict[str, Any], outp
 def _draw(curves: Mapping[int, Series], table: DataFrame) -> Figure:
     figure = Figure(figsize=(8, 4.5))
     axes = figure.subplots()
-    for number, row in enumerate(table.itertuples()):
-        losses, colour = curves[row.image_size], f"C{number}"
-        label = f"{row.image_size} x {row.image_size}: {row.best_loss:.6f}" + ("  (chosen)" if row.chosen else "")
+    for number, row in enumerate(table.to_dict("records")):
+        size, losses, colour = row["image_size"], curves[row["image_size"]], f"C{number}"
+        label = f"{size} x {size}: {row['best_loss']:.6f}" + ("  (chosen)" if row["chosen"] else "")
         axes.plot(losses.index + 1, losses, color=colour, alpha=0.3, linewidth=1)
         axes.plot(losses.index + 1, averaged(losses), color=colour, label=label)
-        axes.plot(row.best_epoch, row.best_loss, "o", color=colour)
+        axes.plot(row["best_epoch"], row["best_loss"], "o", color=colour)
     axes.set_yscale("log")
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation loss")
