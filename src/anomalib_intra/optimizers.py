@@ -37,7 +37,7 @@ def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRSche
     chosen = _command_line(module)
     if chosen.get("optimizer"):
         optimizer = instantiate_class(module.parameters(), chosen["optimizer"])
-        logger.info("Optimizer of the command line: %s", optimizer)
+        logger.info("Optimizer of the command line: %s", type(optimizer).__name__)
     scheduler = instantiate_class(optimizer, chosen["lr_scheduler"]) if chosen.get("lr_scheduler") else None
     configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, optimizer, scheduler)
     return configured
