@@ -5,7 +5,7 @@ import logging
 import time
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
@@ -25,6 +25,9 @@ from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -240,7 +243,7 @@ class DrawnModule(AnomalibModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "Self":
         """Load a model from a checkpoint, which can run no code.
 
         Args:
@@ -248,10 +251,10 @@ class DrawnModule(AnomalibModule):
             **kwargs (Any): The same.
 
         Returns:
-            AnomalibModule: The model.
+            Self: The model.
         """
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
-        return super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None})
+        return cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the seed of the draws beside what anomalib stores."""
