@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
@@ -37,6 +37,9 @@ from anomalib_intra.random_state import random_state, set_random_state
 from anomalib_intra.report import RunReport
 from anomalib_intra.run_folder import share_run_folder
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -335,7 +338,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> AnomalibModule:
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "Self":
         """Load a model from a checkpoint, which can run no code.
 
         Args:
@@ -343,10 +346,10 @@ class DrawnModule(CompleteExport, AnomalibModule):
             **kwargs (Any): The same.
 
         Returns:
-            AnomalibModule: The model.
+            Self: The model.
         """
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
-        return super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None})
+        return cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store seed and state of random numbers and the losses beside what anomalib stores; never broken weights."""
