@@ -240,6 +240,16 @@ def test_mvtecad_default_split_warns_once_and_never_stops_on_test_images(
     assert all("/train/" in path for path in held_out | trained_on)
 
 
+def test_datamodule_without_validation_images(demo_root: Path, tmp_path: Path) -> None:
+    datamodule = MVTecAD(demo_root, category="weave", num_workers=0, val_split_mode="none")
+    model, recorder = tiny_intra(), Recorder()
+    tiny_engine(tmp_path, max_epochs=1, callbacks=[recorder]).fit(model, datamodule=datamodule)
+    assert len(recorder.images.held_out.dataset) == 6
+    model.post_processor.reset()
+    tiny_engine(tmp_path / "t").test(model, datamodule=datamodule)
+    assert model.post_processor.is_calibrated
+
+
 def test_folder_without_masks(demo_root: Path, tmp_path: Path) -> None:
     datamodule = Folder(
         name="parts",

@@ -98,16 +98,20 @@ class BestCheckpoint(ModelCheckpoint):
         best = Path(state_dict["best_model_path"])
         if state_dict["best_model_path"] and self._trainer is not None and state_dict["dirpath"] != self.dirpath:
             # Where the folder was moved, the best checkpoint lies beside the one that is resumed from.
-            places = (Path(self._trainer.ckpt_path or "").with_name(best.name), best)
+            name = f"{self.filename}{self.FILE_EXTENSION}"
+            places = [Path(self._trainer.ckpt_path or "").with_name(name)]
+            places += [best] if best.name == name else []  # no other file, whatever the checkpoint says
             found = next((place for place in places if place.is_file()), None)
+            here = Path(self.dirpath or ".") / name
             if found is None:
                 logger.warning(
                     "The best checkpoint so far, %s, is not there any more: the best of the epochs from now on is kept."
-                    " To go on with the best so far, put model.ckpt beside the checkpoint that is resumed from.",
+                    " To go on with the best so far, put %s beside the checkpoint that is resumed from.",
                     best,
+                    name,
                 )
+                state_dict = {**state_dict, "best_model_path": ""}
             else:
-                here = Path(self.dirpath or ".") / best.name
                 if self._trainer.is_global_zero and found.resolve() != here.resolve():
                     _write(here, lambda part: shutil.copyfile(found, part))
                 self._trainer.strategy.barrier()

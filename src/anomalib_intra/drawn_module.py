@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import Batch, ImageBatch
+from anomalib.data import AnomalibDataModule, Batch, ImageBatch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -204,10 +204,12 @@ class DrawnModule(CompleteExport, AnomalibModule):
     def on_fit_start(self) -> None:
         """Put the loaders of draws and of held-out images in the place of the datamodule's image loaders."""
         self.post_processor.reset()
+        datamodule = self.trainer.datamodule
         train_source = self.trainer.fit_loop._data_source
         val_source = self.trainer.fit_loop.epoch_loop.val_loop._data_source
         self._images = self._sort_out(
-            train_source.dataloader(), val_source.dataloader() if val_source.is_defined() else None
+            train_source.dataloader(),
+            val_source.dataloader() if val_source.is_defined() and _has_validation_images(datamodule) else None,
         )
         if self._draw_seed is None:
             self._draw_seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
@@ -254,8 +256,10 @@ class DrawnModule(CompleteExport, AnomalibModule):
 
     def on_train_end(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        stored = bool(best) and Path(best).is_file()
+        kept = self.trainer.checkpoint_callback
+        best = getattr(kept, "best_model_path", "")
+        # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
+        stored = bool(best) and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or "")
         if stored:
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
             self.load_state_dict(checkpoint["state_dict"])
@@ -482,7 +486,8 @@ class DrawnModule(CompleteExport, AnomalibModule):
         if self.is_calibrated or datamodule is None:
             return  # without a datamodule, the model says what is missing
         logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
-        self._calibrate(self._sort_out(datamodule.train_dataloader(), datamodule.val_dataloader()))
+        val_loader = datamodule.val_dataloader() if _has_validation_images(datamodule) else None
+        self._calibrate(self._sort_out(datamodule.train_dataloader(), val_loader))
 
     @torch.no_grad()
     def _calibrate(self, images: NormalImages) -> None:
@@ -504,3 +509,8 @@ class DrawnModule(CompleteExport, AnomalibModule):
         if self.pre_processor is not None and self.pre_processor.transform:
             batch.image, batch.gt_mask = self.pre_processor.transform(batch.image, batch.gt_mask)
         return batch
+
+
+def _has_validation_images(datamodule: Any) -> bool:
+    # With val_split_mode=none, anomalib's datamodules fail to make a loader of them.
+    return not isinstance(datamodule, AnomalibDataModule) or hasattr(datamodule, "val_data")
