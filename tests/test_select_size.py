@@ -5,9 +5,11 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 from pandas import Series
@@ -227,10 +229,12 @@ def test_a_folder_of_another_selection_is_refused(whole, config: Path) -> None:
         select_size(["--config", str(config), "--model.learning_rate", "0.5"], SIZES, EPOCHS, output)
 
 
-def test_a_loss_that_is_not_finite_ends_the_selection(config: Path, tmp_path: Path) -> None:
-    arguments = ["--config", str(config), "--model.learning_rate", "1e30"]
-    with pytest.raises(ValueError, match=r"48 x 48 \(1 of 1\) has no finite validation loss in epoch 1"):
-        select_size(arguments, (48,), EPOCHS, tmp_path)
+@pytest.mark.parametrize("metrics", [{}, {"val_loss": torch.tensor(torch.nan)}])
+def test_an_epoch_without_a_finite_validation_loss_ends_the_selection(metrics: dict, tmp_path: Path) -> None:
+    curve = LossCurve(tmp_path / "losses.csv", "48 x 48 (1 of 1)", EPOCHS)
+    with pytest.raises(ValueError, match=r"48 x 48 \(1 of 1\) has no finite validation loss in epoch 4"):
+        curve.on_validation_end(SimpleNamespace(current_epoch=3, callback_metrics=metrics), None)
+    assert not curve.path.exists()
 
 
 def test_the_command_prints_the_choice_and_mistakes_in_one_line(whole, config: Path, monkeypatch, capsys) -> None:

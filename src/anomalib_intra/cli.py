@@ -107,7 +107,7 @@ def _select_size(args: list[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         table = select_size(others, own.sizes, own.epochs, own.output)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         parser.exit(2, f"anomalib-intra select-size: {error}\n")
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on where it was stopped.")

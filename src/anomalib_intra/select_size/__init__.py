@@ -44,6 +44,7 @@ def select_size(
     Raises:
         ValueError: If arguments, sizes, epochs or an earlier selection in the folder do not fit (nothing is run then),
             or if a training did not give a finite validation loss for every epoch.
+        FloatingPointError: If a training has diverged.
         KeyboardInterrupt: If it was stopped.
 
     Example:
