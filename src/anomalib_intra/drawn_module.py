@@ -25,13 +25,13 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_intra.batch import UnroundedBatch, is_normal
 from anomalib_intra.checkpoints import AtomicCheckpointIO
+from anomalib_intra.command_line import drop_unreadable, seed_as_commanded
 from anomalib_intra.draws import DrawLoader, Draws, Prepared
 from anomalib_intra.export import CompleteExport
 from anomalib_intra.finite_loss import FiniteLoss
 from anomalib_intra.image_files import check_image_files
 from anomalib_intra.image_range import check_range
 from anomalib_intra.normal_images import NormalImages, shared_loader
-from anomalib_intra.optimizers import drop_unreadable
 from anomalib_intra.pre_processor import UnnormalizedPreProcessor, refuse_normalization
 from anomalib_intra.random_state import random_state, set_random_state
 from anomalib_intra.report import RunReport
@@ -113,6 +113,10 @@ class DrawnModule(CompleteExport, AnomalibModule):
             DrawLoader: The loader.
         """
 
+    @abstractmethod
+    def draw_weights(self) -> None:
+        """Draw all weights anew."""
+
     @property
     def evaluated_at_once(self) -> int:
         """Images in a batch of validation and calibration."""
@@ -185,6 +189,8 @@ class DrawnModule(CompleteExport, AnomalibModule):
             stage (str): Lightning's name of what begins.
         """
         super().setup(stage)
+        if stage == "fit":
+            seed_as_commanded(self)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO(strategy.checkpoint_io.extra_safe_globals)

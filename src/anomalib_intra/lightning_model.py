@@ -25,13 +25,13 @@ from rich.progress import track
 
 from anomalib_intra.batch import InTraBatch, is_normal
 from anomalib_intra.checkpoints import BestCheckpoint, LastCheckpoint
+from anomalib_intra.command_line import as_commanded
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.flat_check import FlatCheck
 from anomalib_intra.grid import patchify
 from anomalib_intra.loss import InpaintingLoss
 from anomalib_intra.normal_images import NormalImages
-from anomalib_intra.optimizers import as_commanded
 from anomalib_intra.post_processor import InTraPostProcessor
 from anomalib_intra.torch_model import InpaintingTransformer
 from anomalib_intra.visualizer import InTraVisualizer
@@ -194,6 +194,10 @@ class InTra(DrawnModule):
             OptimizerLRScheduler: The optimizer, and a schedule where the command line names one.
         """
         return as_commanded(self, torch.optim.Adam(self.model.parameters(), lr=self.learning_rate))
+
+    def draw_weights(self) -> None:
+        """Draw the weights of the transformer anew."""
+        self.model.draw_weights()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -148,6 +148,10 @@ class InpaintingTransformer(nn.Module):
         self.blocks = nn.ModuleList(TransformerBlock(embed_dim, self_attention()) for _ in range(depth))
         self.to_pixels = nn.Linear(embed_dim, patch_dim)
 
+        self.draw_weights()
+
+    def draw_weights(self) -> None:
+        """Draw all weights anew: truncated normal with a standard deviation of 0.02, biases zero."""
         trunc_normal_(self.position_embedding, std=0.02)
         trunc_normal_(self.inpaint_embedding, std=0.02)
         self.apply(_initialise)

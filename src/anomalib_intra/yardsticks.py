@@ -94,6 +94,9 @@ class Yardstick(InTra):
     def configure_optimizers(self) -> None:
         """Nothing to optimize."""
 
+    def draw_weights(self) -> None:
+        """No weights to draw."""
+
     @property
     def trainer_arguments(self) -> dict[str, Any]:
         """No training: the means are computed before the test."""

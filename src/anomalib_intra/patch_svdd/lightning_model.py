@@ -15,12 +15,13 @@ from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
+from torch import nn
 
 from anomalib_intra.batch import is_normal
+from anomalib_intra.command_line import as_commanded
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.normal_images import NormalImages
-from anomalib_intra.optimizers import as_commanded
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
@@ -94,6 +95,13 @@ class PatchSVDD(DrawnModule):
             OptimizerLRScheduler: The optimizer, and a schedule where the command line names one.
         """
         return as_commanded(self, torch.optim.Adam(self.parameters(), lr=self.learning_rate))
+
+    def draw_weights(self) -> None:
+        """Draw the weights of encoder and position classifiers anew."""
+        self.model.draw_weights()
+        for layer in self.loss.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -130,10 +130,14 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
             raise ValueError(msg)
         self.small_encoder = SmallEncoder()
         self.big_head = BigHead()
-        self.apply(_initialise)
+        self.draw_weights()
         self.register_buffer("mean_image", torch.zeros(3, height, width))
         self.register_buffer("bank_small", torch.empty(0, FEATURE_DIM))
         self.register_buffer("bank_big", torch.empty(0, FEATURE_DIM))
+
+    def draw_weights(self) -> None:
+        """Draw all weights anew."""
+        self.apply(_initialise)
 
     def empty_memory_bank(self) -> None:
         """Forget the features of the training images: they belong to weights that are about to change."""

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer and schedule that a command line names, in all commands that train."""
+"""What a command line says and anomalib does not hear: seed, optimizer and schedule, in all commands that train."""
 
 import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback, instantiate_class
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from anomalib_intra.drawn_module import DrawnModule
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +37,27 @@ def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRSche
         'Adam'
     """
     optimizer = default
-    chosen = _command_line(module)
+    chosen = command_line(module)
     if chosen.get("optimizer"):
         optimizer = instantiate_class(module.parameters(), chosen["optimizer"])
         logger.info("Optimizer of the command line: %s", type(optimizer).__name__)
     scheduler = instantiate_class(optimizer, chosen["lr_scheduler"]) if chosen.get("lr_scheduler") else None
     configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, optimizer, scheduler)
     return configured
+
+
+def seed_as_commanded(module: "DrawnModule") -> None:
+    """Heed ``--seed_everything``, which anomalib takes and drops.
+
+    The model has drawn its weights by then, so it draws them anew.
+
+    Args:
+        module (DrawnModule): Model that is about to be trained.
+    """
+    seed = command_line(module).get("seed_everything")
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seed_everything(seed, workers=True)
+        module.draw_weights()
 
 
 def drop_unreadable(module: LightningModule) -> None:
@@ -57,7 +74,15 @@ def drop_unreadable(module: LightningModule) -> None:
         del module.configure_optimizers
 
 
-def _command_line(module: LightningModule) -> dict[str, Any]:
+def command_line(module: LightningModule) -> dict[str, Any]:
+    """Find the parsed command line, which is in the callback that saves it.
+
+    Args:
+        module (LightningModule): Model of a command.
+
+    Returns:
+        dict[str, Any]: Its arguments; nothing where there was no command line.
+    """
     callbacks: list[Callback] = getattr(module._trainer, "callbacks", [])
     saved = [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]
     return saved[0].config.as_dict() if saved else {}

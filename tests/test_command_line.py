@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizer and schedule from the command line, with each command that trains."""
+"""Seed, optimizer and schedule from the command line, with each command that trains."""
 
 from pathlib import Path
 
@@ -31,6 +31,18 @@ def trained_by_command(command: str, demo_root: Path, root: Path, *args: str, mo
         ]
     )
     return [cli.engine.trainer.optimizers, cli.engine.trainer.lr_scheduler_configs]
+
+
+@pytest.mark.parametrize("model", ["InTra", "PatchSVDD"])
+def test_a_seed_on_the_command_line_makes_runs_equal(model: str, demo_root: Path, tmp_path: Path) -> None:
+    weights = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(weights))
+        (optimizer,), _ = trained_by_command("fit", demo_root, tmp_path, f"--seed_everything={seed}", model=model)
+        weights.append([weight for group in optimizer.param_groups for weight in group["params"]])
+    first, again, other = weights
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True) if a.ndim > 1)
 
 
 @pytest.mark.parametrize("command", ["train", "fit"])
