@@ -246,10 +246,16 @@ class DrawnModule(CompleteExport, AnomalibModule):
         self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what was stored."""
+        """Restore what was stored, whichever metrics the model was tested with."""
         super().on_load_checkpoint(checkpoint)
         self._draw_seed = checkpoint.get("draw_seed")
         self._forget_callback_state(checkpoint)
+        # Some metrics have buffers. A checkpoint must also load into a model with others, as Engine.export builds it.
+        stored, present = checkpoint["state_dict"], self.state_dict()
+        checkpoint["state_dict"] = {
+            **{key: value for key, value in stored.items() if not key.startswith("evaluator.")},
+            **{key: value for key, value in present.items() if key.startswith("evaluator.")},
+        }
 
     def _forget_callback_state(self, checkpoint: dict[str, Any]) -> None:
         # The post-processor is a module, whose buffers are in the model's state, and a callback, whose state Lightning
