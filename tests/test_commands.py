@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.metrics import AUPRO, Evaluator
 
 from .conftest import TINY
 
@@ -95,6 +96,18 @@ def test_validate_scores_the_checkpoint(command: Command, checkpoint: Path) -> N
     assert not torch.isnan(validated.model.post_processor.image_threshold)
     if validated.model.name == "InTra":
         assert float(validated.engine.trainer.callback_metrics["val_loss"]) > 0
+
+
+def test_a_checkpoint_loads_whatever_the_metrics(command: Command, trained: AnomalibCLI, checkpoint: Path) -> None:
+    """Some metrics have buffers, which the model that `export` builds has not."""
+    kind = type(trained.model)
+    metrics = [AUPRO(fields=["anomaly_map", "gt_mask"], strict=False)]
+    tested = kind.load_from_checkpoint(checkpoint, evaluator=Evaluator(test_metrics=metrics))
+    stored = torch.load(checkpoint, weights_only=True)
+    stored["state_dict"] = tested.state_dict()
+    assert any("fpr_limit" in key for key in stored["state_dict"])
+    trained.model.on_load_checkpoint(stored)
+    assert stored["state_dict"].keys() == trained.model.state_dict().keys()
 
 
 def test_test_repeats_the_metrics_of_training(command: Command, trained: AnomalibCLI, checkpoint: Path) -> None:

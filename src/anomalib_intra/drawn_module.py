@@ -371,13 +371,19 @@ class DrawnModule(CompleteExport, AnomalibModule):
         self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what was stored."""
+        """Restore what was stored, whichever metrics the model was tested with."""
         super().on_load_checkpoint(checkpoint)
         self._draw_seed = checkpoint.get("draw_seed")
         self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)
         self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)
+        # Some metrics have buffers. A checkpoint must also load into a model with others, as Engine.export builds it.
+        stored, present = checkpoint["state_dict"], self.state_dict()
+        checkpoint["state_dict"] = {
+            **{key: value for key, value in stored.items() if not key.startswith("evaluator.")},
+            **{key: value for key, value in present.items() if key.startswith("evaluator.")},
+        }
 
     def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> None:
         # Engine.train gives the checkpoint that training was resumed from to the test that follows, too, which would

@@ -92,6 +92,6 @@ def resize_matrix(old: int, new: int, device: torch.device | None = None) -> tor
     # that a runtime that computes in bfloat16 cannot get them wrong.
     centre_old = (2 * torch.arange(old, device=device) + 1) * new
     centre_new = (2 * torch.arange(new, device=device) + 1) * old
-    reach = 2 * torch.sym_max(old, new)
-    triangle = (reach - (centre_new[:, None] - centre_old).abs()).clamp(min=0)
+    distance = (centre_new[:, None] - centre_old).abs()
+    triangle = (-distance + 2 * torch.sym_max(old, new)).clamp(min=0)
     return triangle / triangle.sum(dim=1, keepdim=True)

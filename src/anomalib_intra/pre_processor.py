@@ -36,7 +36,8 @@ class UnnormalizedPreProcessor(PreProcessor):
         if not self.transform:
             return batch
         transform = exportable(self.transform) if torch.compiler.is_compiling() else self.transform
-        return transform(batch)
+        images: torch.Tensor = transform(batch)
+        return images
 
 
 def refuse_normalization(pre_processor: PreProcessor) -> None:
