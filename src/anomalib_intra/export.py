@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 class CompleteExport(ExportMixin):
     """anomalib's exports, where INT8 and INT8_PTQ compress what was trained and nothing else.
 
-    Resizing, difference map, training mean, memory bank and thresholds stay as they are: with eight bits in them, scores
-    are noise. INT8_PTQ is calibrated with training images, where anomalib takes the datamodule's validation images,
-    which may be test images.
+    Resizing, difference map, training mean, memory bank and thresholds stay as they are: with eight bits in them,
+    scores are noise. INT8_PTQ is calibrated with training images, where anomalib takes the datamodule's validation
+    images, which may be test images.
     """
 
     def to_onnx(
