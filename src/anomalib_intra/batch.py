@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """anomalib's image batch without rounding, and one with a field for the reconstruction."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -59,7 +60,7 @@ class InTraBatch(_WithReconstruction, UnroundedBatch):
     item_class: ClassVar[type[InTraItem]] = InTraItem
 
 
-def _keep_double(given: object, checked: torch.Tensor, wrap: type) -> torch.Tensor:
+def _keep_double(given: object, checked: torch.Tensor, wrap: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     if isinstance(given, torch.Tensor) and given.dtype == torch.float64:
         return wrap(given.reshape(checked.shape))
     return checked
@@ -78,6 +79,7 @@ def is_normal(batch: ImageBatch) -> torch.Tensor:
         >>> is_normal(ImageBatch(image=torch.rand(2, 3, 8, 8), gt_label=torch.tensor([0, 1])))
         tensor([ True, False])
     """
+    images = torch.as_tensor(batch.image)
     if batch.gt_label is None:
-        return torch.ones(len(batch.image), dtype=torch.bool, device=batch.image.device)
-    return ~batch.gt_label.bool().to(batch.image.device)
+        return torch.ones(len(images), dtype=torch.bool, device=images.device)
+    return ~batch.gt_label.bool().to(images.device)

@@ -31,14 +31,12 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
     A full disk, a lost connection or a kill while saving leaves the old checkpoint as it was.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Save a checkpoint.
 
         Args:
             checkpoint (dict): What to save.
-            path (str | PathLike): Where; a remote address is left to Lightning.
+            path (str | Path): Where; a remote address is left to Lightning.
             storage_options (Any): Not used for files.
 
         Raises:
@@ -77,7 +75,7 @@ class BestCheckpoint(ModelCheckpoint):
         dirpath (str | Path | None): Folder for the checkpoint.
     """
 
-    def __init__(self, dirpath: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, dirpath: str | Path | None = None) -> None:
         super().__init__(
             dirpath=dirpath,
             filename="model",
@@ -136,7 +134,7 @@ class LastCheckpoint(Checkpoint):
         dirpath (str | Path | None): Folder for the checkpoint. Defaults to ``weights`` in the run's folder.
     """
 
-    def __init__(self, dirpath: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, dirpath: str | Path | None = None) -> None:
         self.dirpath = dirpath
         self.path: Path | None = None
         self._saved_step: int | None = None
@@ -199,6 +197,7 @@ class LastCheckpoint(Checkpoint):
             )
 
     def _save(self, trainer: Trainer) -> None:
+        assert self.path is not None, "found out by setup"
         started = time.monotonic()
         trainer.save_checkpoint(self.path)
         self._saved_step = trainer.global_step

@@ -29,7 +29,12 @@ def main() -> None:
     Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
     which accepts no model from outside anomalib; its configs have the same layout.
     """
-    own = {"ablations": _ablations, "benchmark": _benchmark, "speed": _speed, "yardsticks": _print_yardsticks}
+    own: dict[str, Callable[..., None]] = {
+        "ablations": _ablations,
+        "benchmark": _benchmark,
+        "speed": _speed,
+        "yardsticks": _print_yardsticks,
+    }
     if sys.argv[1:2] == ["select-size"]:
         _select_size(sys.argv[2:])
     elif len(sys.argv) > 1 and sys.argv[1] in own:
@@ -39,7 +44,7 @@ def main() -> None:
 
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
-    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=command.__doc__.splitlines()[0])
+    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=(command.__doc__ or name).splitlines()[0])
     parser.add_function_arguments(command, as_positional=False)
     if "config" not in signature(command).parameters:
         parser.add_argument("--config", action="config", help="Arguments from a YAML file.")

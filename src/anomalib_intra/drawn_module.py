@@ -4,14 +4,14 @@
 import logging
 import time
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from anomalib import LearningType
-from anomalib.data import AnomalibDataModule, Batch, ImageBatch
+from anomalib.data import AnomalibDataModule, ImageBatch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 _NAMED = 3
 
 
-class DrawnModule(CompleteExport, AnomalibModule):
+class DrawnModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
     """An anomalib model that learns from random draws (windows, pairs of patches) from normal images.
 
     Before Lightning sets its loop up, a loader of draws takes the place of the datamodule's image loader, so that
@@ -69,6 +69,9 @@ class DrawnModule(CompleteExport, AnomalibModule):
     post_processor_kind: type[UnsaturatedPostProcessor] = UnsaturatedPostProcessor
     batch_kind: type[UnroundedBatch] = UnroundedBatch
 
+    pre_processor: PreProcessor | None
+    post_processor: UnsaturatedPostProcessor
+
     def __init__(self, image_size: tuple[int, int], pre_processor: PreProcessor | bool, **components: Any) -> None:
         super().__init__(
             # Checkpoints build the model before they restore the pre-processor, so the size must be given here.
@@ -88,7 +91,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
             raise TypeError(msg)
         self.image_size = image_size
         self._images: NormalImages | None = None
-        self._draws: DrawLoader | None = None
+        self._draws: DrawLoader[Any] | None = None
         self._draw_seed: int | None = None
         self._random_state: dict[str, Any] | None = None
         self._resumed_from: str | None = None
@@ -102,7 +105,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader:
+    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader[Any]:
         """Make the loader of training steps.
 
         Args:
@@ -145,9 +148,10 @@ class DrawnModule(CompleteExport, AnomalibModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add a report, unless pictures are switched off or the user brought their own."""
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
-        callbacks = list(super().configure_callbacks())
+        callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
         # One that is there already too: it must come after the post-processor, which gives it scores.
-        present = [callback for callback in self.trainer.callbacks if isinstance(callback, RunReport)]
+        all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+        present = [callback for callback in all_there if isinstance(callback, RunReport)]
         return callbacks + (present or [RunReport()] * bool(self.visualizer))
 
     @staticmethod
@@ -202,7 +206,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         if self.trainer.world_size > 1 and stage in loops:
             source = loops[stage]._data_source
             loader = source.dataloader()
-            if isinstance(loader, DataLoader) and len(loader.dataset) >= self.trainer.world_size:
+            if isinstance(loader, DataLoader) and len(loader.dataset) >= self.trainer.world_size:  # type: ignore[arg-type]
                 source.instance = shared_loader(
                     loader.dataset, loader, loader.batch_size or 1, self.trainer.global_rank, self.trainer.world_size
                 )
@@ -210,7 +214,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
     def on_fit_start(self) -> None:
         """Put the loaders of draws and of held-out images in the place of the datamodule's image loaders."""
         self.post_processor.reset()
-        datamodule = self.trainer.datamodule
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         train_source = self.trainer.fit_loop._data_source
         val_source = self.trainer.fit_loop.epoch_loop.val_loop._data_source
         self._images = self._sort_out(
@@ -236,10 +240,11 @@ class DrawnModule(CompleteExport, AnomalibModule):
         # A run that begins anew, or goes on from an earlier epoch, leaves no losses of another run behind.
         self.losses = [row for row in self.losses if row["epoch"] < self.current_epoch]
         self.losses.append({"epoch": self.current_epoch})
+        assert self._draws is not None
         self._draws.epoch = self.current_epoch
         self._clock_started = None
 
-    def on_train_batch_end(self, outputs: STEP_OUTPUT, batch: Draws, batch_idx: int) -> None:
+    def on_train_batch_end(self, outputs: Mapping[str, Any], batch: Draws, batch_idx: int) -> None:
         """Check the loss, show the speed, and let a run that ends by ``max_steps`` end with a validation."""
         del batch_idx
         self._finite_loss.watch(outputs["loss"], partial(self._diverged, self.trainer.global_step, batch))
@@ -270,6 +275,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
             self.load_state_dict(checkpoint["state_dict"])
             logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
+        assert self._images is not None
         self._calibrate(self._images)
         if stored:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
@@ -324,7 +330,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         check_image_files(self.trainer.predict_dataloaders)
         self._ensure_calibrated()
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn image batches into those of the model, which keep what anomalib's would round or drop."""
         del dataloader_idx
         if isinstance(batch, ImageBatch) and not isinstance(batch, self.batch_kind):
@@ -336,14 +342,14 @@ class DrawnModule(CompleteExport, AnomalibModule):
 
         Args:
             batch (UnroundedBatch): Batch of images.
-            batch_idx (int): Unused.
+            batch_idx (int): Number of the batch.
             dataloader_idx (int): Unused.
 
         Returns:
             STEP_OUTPUT: The batch.
         """
-        del batch_idx, dataloader_idx
-        return self.test_step(batch)
+        del dataloader_idx
+        return self.test_step(batch, batch_idx)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -404,6 +410,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
     def _diverged(self, step: int, batch: Draws, loss: float) -> str:
+        assert self._draws is not None
         names = [self._draws.names[number] for number in batch.index.unique().tolist()]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         saved = [
@@ -429,7 +436,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         return NormalImages.of(
             train_loader,
             val_loader,
-            self.trainer.datamodule,
+            self.trainer.datamodule,  # type: ignore[attr-defined]  # set by Lightning
             resize=transform,
             evaluated_at_once=self.evaluated_at_once,
             rank=self.trainer.global_rank,
@@ -449,7 +456,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
             ValueError: If they are of another size or range.
         """
         normal = is_normal(batch)
-        images = torch.as_tensor(batch.image[normal]).to(self.device)
+        images = torch.as_tensor(batch.image)[normal].to(self.device)
         if self.pre_processor is not None and self.pre_processor.transform:
             images = self.pre_processor.transform(images)
         check_range(images)
@@ -494,7 +501,7 @@ class DrawnModule(CompleteExport, AnomalibModule):
         return self.mean_of_all(total, count)
 
     def _ensure_calibrated(self) -> None:
-        datamodule = self.trainer.datamodule
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
         if self.is_calibrated or datamodule is None:
             return  # without a datamodule, the model says what is missing
         logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)

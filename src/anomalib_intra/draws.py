@@ -2,8 +2,8 @@
 """From a loader of images to a loader of training steps, which are random draws from them."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import Field, replace
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,8 +11,24 @@ from torch.utils.data import DataLoader
 #: Bytes of decoded images that are drawn from at a time; a usual training set fits at once.
 POOL_BYTES = 2**30
 
-#: A dataclass with the images ``image`` and tensors of which each row belongs to one draw, such as ``WindowBatch``.
-Draws = TypeVar("Draws")
+
+class Draws(Protocol):
+    """A dataclass of draws from images, with tensors of which each row belongs to one draw, such as ``WindowBatch``.
+
+    Attributes:
+        image (torch.Tensor): The images, shape ``(P, 3, H, W)``.
+        index (torch.Tensor): Which image each draw is from, shape ``(B,)``.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+    image: torch.Tensor
+    index: torch.Tensor
+
+    def __len__(self) -> int:
+        """Number of draws."""
+
+
+_Draws = TypeVar("_Draws", bound=Draws)
 
 
 class Prepared(NamedTuple):
@@ -27,7 +43,7 @@ class Prepared(NamedTuple):
     names: list[str]
 
 
-class DrawLoader:
+class DrawLoader(Generic[_Draws]):
     """Turns a loader of images into a loader of training steps.
 
     Every epoch draws from every image equally often and in random order, so that the draws of a step come from many
@@ -60,7 +76,7 @@ class DrawLoader:
         self,
         images: DataLoader[Any],
         prepare: Callable[[Any], Prepared],
-        draw: Callable[..., Draws],
+        draw: Callable[..., _Draws],
         draws_per_image: int,
         batch_size: int,
         image_size: tuple[int, int],
@@ -90,15 +106,15 @@ class DrawLoader:
         bytes_of_one = 3 * image_size[0] * image_size[1] * torch.float32.itemsize
         read_at_once = images.batch_size or 1
         self._pool_size = max(1, POOL_BYTES // (bytes_of_one * read_at_once)) * read_at_once
-        self._keeps = same_every_epoch and len(images.dataset) <= self._pool_size
+        self._keeps = same_every_epoch and len(images.dataset) <= self._pool_size  # type: ignore[arg-type]
         self._kept: Prepared | None = None
 
     def __len__(self) -> int:
         """Steps of an epoch."""
-        full, rest = divmod(len(self.images.dataset), self._pool_size)
+        full, rest = divmod(len(self.images.dataset), self._pool_size)  # type: ignore[arg-type]
         return full * len(self._shares(self._pool_size)) + len(self._shares(rest))
 
-    def __iter__(self) -> Iterator[Draws]:
+    def __iter__(self) -> Iterator[_Draws]:
         """Yield the steps of epoch ``epoch``, or those that are left of the epoch in which the run was cut off."""
         first = self._next_step if self._resumed_epoch == self.epoch else 0
         self._resumed_epoch = None
@@ -156,7 +172,7 @@ def _pooled(parts: list[Prepared]) -> Prepared:
     return Prepared(torch.cat([part.images for part in parts]), [name for part in parts for name in part.names])
 
 
-def _take(draws: Draws, part: slice) -> Draws:
+def _take(draws: _Draws, part: slice) -> _Draws:
     of_each_draw = {
         name: value[part].to(draws.image.device)
         for name, value in vars(draws).items()

@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from anomalib.pre_processing.utils.transform import convert_center_crop_transform
@@ -40,7 +41,7 @@ def exportable(transform: Transform) -> Transform:
     return convert_center_crop_transform(transform)
 
 
-class ExportableResize(Transform):
+class ExportableResize(Transform):  # type: ignore[misc]  # torchvision has no types
     """The same as torchvision's antialiased bilinear ``Resize``, in operations that any runtime knows.
 
     ONNX has an antialiased resize only since opset 18, and OpenVINO ignores its antialiasing without a word.
@@ -92,6 +93,7 @@ def resize_matrix(old: int, new: int, device: torch.device | None = None) -> tor
     # that a runtime that computes in bfloat16 cannot get them wrong.
     centre_old = (2 * torch.arange(old, device=device) + 1) * new
     centre_new = (2 * torch.arange(new, device=device) + 1) * old
+    reach: Any = 2 * torch.sym_max(old, new)  # a symbol of torch while it exports
     distance = (centre_new[:, None] - centre_old).abs()
-    triangle = (-distance + 2 * torch.sym_max(old, new)).clamp(min=0)
+    triangle = (-distance + reach).clamp(min=0)
     return triangle / triangle.sum(dim=1, keepdim=True)

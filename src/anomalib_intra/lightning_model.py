@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeGuard
 
 import torch
 from anomalib.callbacks import ModelCheckpoint
@@ -102,6 +102,7 @@ class InTra(DrawnModule):
     """
 
     model: InpaintingTransformer
+    post_processor: InTraPostProcessor
     draws_name = "windows"
     post_processor_kind = InTraPostProcessor
     batch_kind = InTraBatch
@@ -177,7 +178,7 @@ class InTra(DrawnModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add early stopping and a checkpoint of the best epoch, unless the user brought their own."""
         callbacks = list(super().configure_callbacks())
-        present = self.trainer.callbacks
+        present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         if not any(isinstance(callback, EarlyStopping) for callback in present):
             callbacks.append(EarlyStopping("val_loss", mode="min", patience=self.patience))
         checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
@@ -201,7 +202,7 @@ class InTra(DrawnModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader:
+    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader[WindowBatch]:
         """Draw windows with a hidden patch (sec. 4.1).
 
         Args:
@@ -261,7 +262,7 @@ class InTra(DrawnModule):
         inpainted = self.model.inpaint(windows, batch.r, batch.s, batch.t, batch.u)
         return self.loss(self._as_images(hidden), self._as_images(inpainted))
 
-    def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
         """Inpaint every patch of the normal images of a batch and compare it with the original (sec. 4.1).
 
         Args:
@@ -270,13 +271,13 @@ class InTra(DrawnModule):
             **kwargs: Unused.
 
         Returns:
-            STEP_OUTPUT: The batch.
+            InTraBatch: The batch.
         """
         del args, kwargs
-        batch.reconstruction = self._reconstruct(batch.image)
+        batch.reconstruction = self._reconstruct(batch)
         normal = is_normal(batch)
         if normal.any():
-            images, reconstructions = (x[normal].float() for x in (batch.image, batch.reconstruction))
+            images, reconstructions = (torch.as_tensor(x)[normal].float() for x in (batch.image, batch.reconstruction))
             self._flat_check.update(images, reconstructions)
             original, inpainted = (
                 rearrange(patchify(x, self.patch_size), "b n m d -> (b n m) d") for x in (images, reconstructions)
@@ -321,7 +322,8 @@ class InTra(DrawnModule):
         for batch in track(images.statistics, "Training mean (eq. 17)"):
             batch = self._reconstructed(batch)
             normal = is_normal(batch)
-            maps = self.post_processor.difference_map(batch.image[normal], batch.reconstruction[normal])
+            image, reconstruction = (torch.as_tensor(x)[normal] for x in (batch.image, batch.reconstruction))
+            maps = self.post_processor.difference_map(image, reconstruction)
             total += maps.sum(dim=0, keepdim=True)
             count += len(maps)
         self.post_processor.set_training_mean(self.mean_of_all(total, count))
@@ -331,7 +333,7 @@ class InTra(DrawnModule):
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
-    def test_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def test_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
         """Reconstruct a batch; the post-processor scores it.
 
         Args:
@@ -340,10 +342,10 @@ class InTra(DrawnModule):
             **kwargs: Unused.
 
         Returns:
-            STEP_OUTPUT: The batch.
+            InTraBatch: The batch.
         """
         del args, kwargs
-        batch.reconstruction = self._reconstruct(batch.image)
+        batch.reconstruction = self._reconstruct(batch)
         return batch
 
     # ---- export ------------------------------------------------------------------------------------------------------
@@ -421,17 +423,18 @@ class InTra(DrawnModule):
     def _as_images(self, patches: torch.Tensor) -> torch.Tensor:
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
 
-    def _reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model.reconstruct(torch.as_tensor(images))
+    def _reconstruct(self, batch: InTraBatch) -> torch.Tensor:
+        return self.model.reconstruct(torch.as_tensor(batch.image))
 
     def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
         batch = self.on_device(batch)
+        assert isinstance(batch, InTraBatch), "the batch_kind"
         with self.trainer.precision_plugin.forward_context():
-            batch.reconstruction = self._reconstruct(batch.image)
+            batch.reconstruction = self._reconstruct(batch)
         return batch
 
 
-def _is_engine_default(checkpoint: Checkpoint) -> bool:
+def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:
     return type(checkpoint) is ModelCheckpoint and checkpoint.monitor is None and checkpoint.filename == "model"
 
 

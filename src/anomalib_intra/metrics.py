@@ -4,7 +4,7 @@
 from typing import Any
 
 import torch
-from anomalib.data import Batch
+from anomalib.data import ImageBatch
 from anomalib.metrics import AnomalibMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
@@ -35,14 +35,15 @@ class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
     def __init__(self, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(prefix=prefix, strict=False, data_range=1.0, **kwargs)
 
-    def update(self, batch: Batch) -> None:
+    def update(self, batch: ImageBatch) -> None:
         """Take the normal images of a batch into account.
 
         Args:
-            batch (Batch): Batch with images, reconstructions and labels.
+            batch (ImageBatch): Batch with images, reconstructions and labels.
         """
         normal = is_normal(batch)
-        if getattr(batch, "reconstruction", None) is None or not normal.any():
+        reconstruction = getattr(batch, "reconstruction", None)
+        if reconstruction is None or not normal.any():
             self._update_count -= 1  # as anomalib's metrics do for batches without the field
             return
-        super(AnomalibMetric, self).update(batch.reconstruction[normal].float(), torch.as_tensor(batch.image[normal]))
+        super(AnomalibMetric, self).update(reconstruction[normal].float(), torch.as_tensor(batch.image)[normal])

@@ -47,7 +47,7 @@ def held_out_indices(count: int, seed: int = 0) -> list[int]:
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:number].tolist())
 
 
-class Share(DistributedSampler):
+class Share(DistributedSampler[Any]):
     """Every n-th image for each of n processes, in order.
 
     Lightning's own way repeats images until all processes have equally many, which changes means, thresholds and
@@ -63,16 +63,16 @@ class Share(DistributedSampler):
         [[0, 2], [1]]
     """
 
-    def __init__(self, dataset: Dataset, rank: int, num_replicas: int) -> None:
+    def __init__(self, dataset: Dataset[Any], rank: int, num_replicas: int) -> None:
         super().__init__(dataset, num_replicas, rank, shuffle=False)
 
     def __iter__(self) -> Iterator[int]:
         """Yield indices of images."""
-        return iter(range(self.rank, len(self.dataset), self.num_replicas))
+        return iter(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
     def __len__(self) -> int:
         """Number of images of this process."""
-        return len(range(self.rank, len(self.dataset), self.num_replicas))
+        return len(range(self.rank, len(self.dataset), self.num_replicas))  # type: ignore[arg-type]
 
 
 @dataclass
@@ -92,17 +92,17 @@ class NormalImages:
         same_every_epoch (bool): Whether a training image is the same each time it is read, as far as is known.
     """
 
-    training: DataLoader
-    statistics: DataLoader
-    held_out: DataLoader
-    thresholds: DataLoader
+    training: DataLoader[Any]
+    statistics: DataLoader[Any]
+    held_out: DataLoader[Any]
+    thresholds: DataLoader[Any]
     same_every_epoch: bool
 
     @classmethod
     def of(
         cls,
-        train_loader: DataLoader,
-        val_loader: DataLoader | None,
+        train_loader: DataLoader[Any],
+        val_loader: DataLoader[Any] | None,
         datamodule: Any,
         resize: Any = None,
         evaluated_at_once: int = 1,
@@ -128,24 +128,26 @@ class NormalImages:
         Returns:
             NormalImages: The loaders.
         """
-        dataset = train_loader.dataset
+        # Any, since torch's Dataset has no length.
+        dataset: Any = train_loader.dataset
+        val_images: Any = val_loader.dataset if val_loader is not None else []
         plain = _without_augmentation(dataset, resize)
 
-        def training(images: Dataset) -> DataLoader:
+        def training(images: Any) -> DataLoader[Any]:
             return _loader(images, train_loader, train_loader.batch_size, shuffle=True)
 
-        def evaluation(images: Dataset) -> DataLoader:
+        def evaluation(images: Any) -> DataLoader[Any]:
             return shared_loader(images, val_loader or train_loader, evaluated_at_once, rank, world_size)
 
-        def validation(images: Dataset) -> DataLoader:
+        def validation(images: Any) -> DataLoader[Any]:
             ranks = (rank, world_size) if len(images) >= world_size else (0, 1)
             return shared_loader(images, val_loader or train_loader, evaluated_at_once, *ranks)
 
         mode = getattr(datamodule, "val_split_mode", None)
-        has_validation = val_loader is not None and len(val_loader.dataset) > 0
-        if has_validation and mode not in SPLITS_FROM_TEST:
-            images = val_loader.dataset
-            return cls(training(dataset), evaluation(plain), validation(images), evaluation(images), _is_plain(dataset))
+        if len(val_images) > 0 and mode not in SPLITS_FROM_TEST:
+            return cls(
+                training(dataset), evaluation(plain), validation(val_images), evaluation(val_images), _is_plain(dataset)
+            )
 
         chosen = held_out_indices(len(dataset))
         if mode in SPLITS_FROM_TEST:
@@ -164,12 +166,12 @@ class NormalImages:
             training(Subset(dataset, rest)),
             evaluation(Subset(plain, rest)),
             validation(held_out),
-            thresholds=evaluation(val_loader.dataset if has_validation else held_out),
+            thresholds=evaluation(val_images if len(val_images) > 0 else held_out),
             same_every_epoch=_is_plain(dataset),
         )
 
 
-def _without_augmentation(dataset: Dataset, resize: Any) -> Dataset:
+def _without_augmentation(dataset: Any, resize: Any) -> Any:
     if not hasattr(dataset, "augmentations"):
         return dataset
     dataset = copy.copy(dataset)
@@ -177,7 +179,7 @@ def _without_augmentation(dataset: Dataset, resize: Any) -> Dataset:
     return dataset
 
 
-def _is_plain(dataset: Dataset) -> bool:
+def _is_plain(dataset: Dataset[Any]) -> bool:
     if not isinstance(dataset, AnomalibDataset):
         return False
     transform = dataset.augmentations
@@ -185,7 +187,9 @@ def _is_plain(dataset: Dataset) -> bool:
     return all(type(one) in (Resize, type(None)) for one in transforms)
 
 
-def shared_loader(dataset: Dataset, like: DataLoader, batch_size: int, rank: int, world_size: int) -> DataLoader:
+def shared_loader(
+    dataset: Dataset[Any], like: DataLoader[Any], batch_size: int, rank: int, world_size: int
+) -> DataLoader[Any]:
     """Load this process's share of images, in order.
 
     Args:
@@ -202,8 +206,12 @@ def shared_loader(dataset: Dataset, like: DataLoader, batch_size: int, rank: int
 
 
 def _loader(
-    dataset: Dataset, like: DataLoader, batch_size: int, shuffle: bool = False, sampler: Share | None = None
-) -> DataLoader:
+    dataset: Dataset[Any],
+    like: DataLoader[Any],
+    batch_size: int | None,
+    shuffle: bool = False,
+    sampler: Share | None = None,
+) -> DataLoader[Any]:
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -191,7 +191,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             batch (InTraBatch): Batch with ``image``, ``reconstruction`` and, where known, labels and masks; gets the
                 raw scores and maps.
         """
-        maps = self.raw_anomaly_map(batch.image, batch.reconstruction)
+        maps = self.raw_anomaly_map(torch.as_tensor(batch.image), torch.as_tensor(batch.reconstruction))
         batch.update(pred_score=self.score(maps), anomaly_map=maps)
         super().observe(batch)
 
@@ -215,7 +215,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         Args:
             batch (InTraBatch): Batch with ``image`` and ``reconstruction``; gets scores, maps, labels and masks.
         """
-        maps = self.raw_anomaly_map(batch.image, batch.reconstruction)
+        maps = self.raw_anomaly_map(torch.as_tensor(batch.image), torch.as_tensor(batch.reconstruction))
         if self.original_size:
             size = _common_file_size(batch.image_path)
             maps = interpolate(maps, size=size, mode="bilinear", align_corners=False)
@@ -230,7 +230,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Score the batch; with ``original_size``, read its masks again at the size of their files."""
         super().on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
         if self.original_size and outputs.gt_mask is not None:
-            masks = _masks_of_files(trainer.test_dataloaders.dataset, outputs)
+            loader: Any = trainer.test_dataloaders
+            masks = _masks_of_files(loader.dataset, outputs)
             outputs.gt_mask = masks.to(outputs.anomaly_map.device)
 
 
@@ -267,6 +268,8 @@ def _masks_of_files(dataset: Any, batch: InTraBatch) -> torch.Tensor:
             f"original_size=True needs anomalib's dataset for the masks, not {type(dataset).__name__}: set it to False."
         )
         raise ValueError(msg)
+    assert batch.anomaly_map is not None
+    assert batch.image_path is not None
     # Not batch.mask_path: collating drops it where the first image of a batch is normal.
     mask_paths = dict(zip(dataset.samples.image_path, dataset.samples.mask_path, strict=True))
     size = batch.anomaly_map.shape[-2:]

@@ -19,7 +19,7 @@ def share_run_folder(trainer: Trainer) -> None:
     own = Path(trainer.default_root_dir)
     shared = Path(trainer.strategy.broadcast(str(own)))
     if own != shared:
-        trainer._default_root_dir = str(shared)
+        trainer._default_root_dir = str(shared)  # type: ignore[attr-defined]  # has no setter
         with suppress(OSError):  # not empty, or on another machine
             own.rmdir()
     trainer.strategy.barrier("run folder")

@@ -142,10 +142,10 @@ def _flops_of_a_window(model: InpaintingTransformer) -> int:
 
 def _matrix_rate(intra: InTra, dtype: torch.dtype) -> float:
     """Find the best rate of the model's own matrix products, in floating-point operations a second."""
-    layers = {tuple(x.weight.shape) for block in intra.model.blocks for x in block.modules() if hasattr(x, "weight")}
+    weights = {tuple(weight.shape) for block in intra.model.blocks for weight in block.parameters()}
     tokens = intra.window_batch_size * intra.window_size**2
     best = 0.0
-    for shape in [shape for shape in layers if len(shape) == 2]:
+    for shape in [shape for shape in weights if len(shape) == 2]:
         weight, x = (torch.rand(*size, device=intra.device, dtype=dtype) for size in (shape, (tokens, shape[1])))
         until = time.perf_counter() + _SECONDS_OF_A_PRODUCT
         while time.perf_counter() < until:
@@ -165,7 +165,8 @@ def _loop(model: InpaintingTransformer, windows: int = _WINDOWS_OF_THE_LOOP) -> 
 
 def _training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> tuple[int, float]:
     """Time training steps with Adam, from bytes of images to the changed weights."""
-    images = DataLoader(torch.rand(_TRAINING_IMAGES, 3, *intra.image_size), generator=torch.Generator())
+    random: Any = torch.rand(_TRAINING_IMAGES, 3, *intra.image_size)  # as good as a Dataset
+    images = DataLoader(random, generator=torch.Generator())
     draw = partial(draw_windows, patch_size=intra.patch_size, window_size=intra.window_size, augment=intra.augment)
     per_image = -(-(steps + 1) * intra.window_batch_size // _TRAINING_IMAGES)
     loader = DrawLoader(

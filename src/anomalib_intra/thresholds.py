@@ -106,6 +106,8 @@ class UnsaturatedPostProcessor(PostProcessor):
         Args:
             batch (ImageBatch): Batch with raw scores and maps and, where known, labels and masks.
         """
+        assert batch.pred_score is not None
+        assert batch.anomaly_map is not None
         normal = is_normal(batch)
         self._anomalies_seen |= not bool(normal.all())
         self._images.add(batch.pred_score, batch.gt_label, normal)
@@ -120,7 +122,8 @@ class UnsaturatedPostProcessor(PostProcessor):
         ):
             values, truth, normal = (gathered(part.to(threshold.device)) for part in observed.all())
             if some_anomalous and len(values):
-                metric.update(SimpleNamespace(**dict(zip(metric.fields, (values, truth), strict=True))))
+                batch: Any = SimpleNamespace(**dict(zip(metric.fields, (values, truth), strict=True)))
+                metric.update(batch)
                 threshold.copy_(metric.compute())
                 metric.reset()
             elif len(normal):
@@ -157,8 +160,10 @@ class UnsaturatedPostProcessor(PostProcessor):
         batch.update(pred_score=scores, anomaly_map=maps, pred_label=labels, pred_mask=masks)
 
     def _decide(
-        self, scores: torch.Tensor, maps: torch.Tensor
+        self, scores: torch.Tensor | None, maps: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        assert scores is not None
+        assert maps is not None
         labels = masks = None
         if self.enable_thresholding:
             labels = self._exceeds(scores, self.image_threshold, self.image_sensitivity)
@@ -174,7 +179,7 @@ class UnsaturatedPostProcessor(PostProcessor):
         return raw * sensitivity > threshold * (1 - sensitivity)
 
     @staticmethod
-    def _normalize(raw: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def _normalize(raw: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
         # An exported model rounds to float32 anyway, and OpenVINO, which has no float64, would take a rounding for
         # nothing and mix up the names of the outputs.
         if raw.device.type != "mps" and not torch.compiler.is_compiling():

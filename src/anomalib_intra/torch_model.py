@@ -35,10 +35,10 @@ class TransformerBlock(nn.Module):
 
     Args:
         embed_dim (int): Latent dimension D.
-        attention (nn.Module): Self-attention on sequences of that dimension.
+        attention (MultiheadSelfAttention): Self-attention on sequences of that dimension.
     """
 
-    def __init__(self, embed_dim: int, attention: nn.Module) -> None:
+    def __init__(self, embed_dim: int, attention: MultiheadSelfAttention) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim)
         self.attention = attention
@@ -107,6 +107,8 @@ class InpaintingTransformer(nn.Module):
         torch.Size([2, 3, 64, 96])
     """
 
+    blocks: Sequence[TransformerBlock]
+
     def __init__(
         self,
         image_size: tuple[int, int] = (256, 256),
@@ -135,7 +137,7 @@ class InpaintingTransformer(nn.Module):
         self.long_residuals = long_residuals
         self.readout = readout
 
-        def self_attention() -> nn.Module:
+        def self_attention() -> MultiheadSelfAttention:
             if attention == "msa":
                 return MultiheadSelfAttention(embed_dim, num_heads)
             return MultiheadFeatureSelfAttention(embed_dim, num_heads, feature_dim or embed_dim // 2)
@@ -145,7 +147,8 @@ class InpaintingTransformer(nn.Module):
         self.patch_embedding = nn.Linear(patch_dim, embed_dim, bias=False)
         self.position_embedding = nn.Parameter(torch.zeros(positions, embed_dim))
         self.inpaint_embedding = nn.Parameter(torch.zeros(embed_dim))
-        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, self_attention()) for _ in range(depth))
+        blocks = nn.ModuleList(TransformerBlock(embed_dim, self_attention()) for _ in range(depth))
+        self.blocks = blocks  # type: ignore[assignment]  # a ModuleList does not tell the type of its modules
         self.to_pixels = nn.Linear(embed_dim, patch_dim)
 
         self.draw_weights()
@@ -210,6 +213,7 @@ class InpaintingTransformer(nn.Module):
         # An exported graph must not depend on the batch size.
         at_once = window_batch_size if exporting else window_batch_size // batch
         patches = []
+        inputs: Sequence[torch.Tensor]
         for t_, u_, r_, s_ in zip(*(x.split(at_once) for x in (t, u, r, s)), strict=True):
             place = self._place(r_, s_, t_, u_)
             if shared:

@@ -67,7 +67,8 @@ class InTraVisualizer(Visualizer):
                 dataset_name=Path(root).name if root else getattr(datamodule, "name", None),
                 category=getattr(datamodule, "category", None),
             )
-            self.visualize(item, pl_module.post_processor.display_scale).save(filename)
+            scale = pl_module.post_processor.display_scale
+            self.visualize(item, scale).save(filename)  # type: ignore[arg-type]  # (items are of item_class)
 
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: InTraBatch, batch: InTraBatch, *args: Any, **kwargs: Any

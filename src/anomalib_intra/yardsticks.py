@@ -35,6 +35,8 @@ class ConstantReconstruction(nn.Module):
         tensor(0.)
     """
 
+    image: torch.Tensor
+
     def __init__(self, image: torch.Tensor) -> None:
         super().__init__()
         self.register_buffer("image", image)
@@ -64,6 +66,7 @@ class Yardstick(InTra):
         torch.Size([3, 64, 96])
     """
 
+    model: ConstantReconstruction  # type: ignore[assignment]  # which takes the place of the transformer
     not_calibrated = "A yardstick needs the mean of the training images, and their mean difference map."
 
     def __init__(

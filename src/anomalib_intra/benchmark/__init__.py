@@ -37,7 +37,7 @@ def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> D
     settings = read_settings(config)
     output = Path(output)
     generator = BenchmarkRuns(output, settings.get("accelerator", "auto"))
-    runs = list(generator(settings["benchmark"]))
+    runs = list(generator.generate_jobs(settings["benchmark"]))
     try:
         run_missing(generator, settings["benchmark"])
     finally:  # also when it was interrupted

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same metrics for every model, computed on raw scores."""
 
+from typing import Any
+
 import torch
 from anomalib.metrics import AUPRO, AnomalibMetric, Evaluator
 from anomalib.metrics.auroc import _AUROC
@@ -31,20 +33,23 @@ def unsaturated(scores: torch.Tensor) -> torch.Tensor:
 
 
 class _Unsaturated:
+    name: str
+
     def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
         if not torch.isfinite(preds).all():
             msg = f"The model gave scores that are not finite, so {self.name} cannot be computed."
             raise ValueError(msg)
         if preds.device.type == "mps":  # has no float64
             preds, target = preds.cpu(), target.cpu()
-        super().update(unsaturated(preds), target)
+        super().update(unsaturated(preds), target)  # type: ignore[misc]  # of the metric it is mixed into
 
 
-class AUROC(AnomalibMetric, _Unsaturated, _AUROC):
+# Like all metrics of anomalib, these take a batch where those of torchmetrics take tensors.
+class AUROC(AnomalibMetric, _Unsaturated, _AUROC):  # type: ignore[misc]
     """anomalib's AUROC for raw scores of any range."""
 
 
-class F1Max(AnomalibMetric, _Unsaturated, _F1Max):
+class F1Max(AnomalibMetric, _Unsaturated, _F1Max):  # type: ignore[misc]
     """anomalib's best F1 score over all thresholds, for raw scores of any range."""
 
 
@@ -54,6 +59,6 @@ def evaluator() -> Evaluator:
     Returns:
         Evaluator: Computes :data:`METRICS` on the test images.
     """
-    image = {"fields": ["pred_score", "gt_label"], "prefix": "image_", "strict": False}
-    pixel = {"fields": ["anomaly_map", "gt_mask"], "prefix": "pixel_", "strict": False}
+    image: dict[str, Any] = {"fields": ["pred_score", "gt_label"], "prefix": "image_", "strict": False}
+    pixel: dict[str, Any] = {"fields": ["anomaly_map", "gt_mask"], "prefix": "pixel_", "strict": False}
     return Evaluator(test_metrics=[AUROC(**image), AUROC(**pixel), AUPRO(**pixel), F1Max(**image), F1Max(**pixel)])

@@ -70,9 +70,9 @@ class BenchmarkRun(Job):
         Returns:
             dict: The row; ``error`` is empty if all went well.
         """
-        if self.is_done:
-            rich_print(f"[dim]{escape(str(self))}: done before, {_summary(self.row)}[/dim]")
-            return self.row
+        if self.is_done and (row := self.row):
+            rich_print(f"[dim]{escape(str(self))}: done before, {_summary(row)}[/dim]")
+            return row
         number = self.all.index(self) + 1
         rich_print(
             f"[bold]{escape(str(self))}[/bold] ({number} of {len(self.all)}){_time_left(self.all[number - 1 :])}"
@@ -90,6 +90,7 @@ class BenchmarkRun(Job):
             code = f"the process ended with exit code {process.exitcode}"
             self._store({}, f"{code} (-9: out of memory, or killed; 1 at once: a script without a __main__ guard)")
         row = self.row
+        assert row is not None, "stored by the process, or just now"
         outcome = f"[red]{escape(row['error'])}[/red]" if row["error"] else _summary(row)
         rich_print(f"[bold]{escape(str(self))}[/bold]: {outcome}")
         return row
@@ -242,7 +243,7 @@ def _pretrained(entry: dict[str, Any]) -> str:
 
 def _time_left(runs: list[BenchmarkRun]) -> str:
     """Estimate from the runs of all sessions, those of the same model where there are any."""
-    known = [(run.model, run.row["fit_s"] + run.row["test_s"]) for run in runs[0].all if run.is_done]
+    known = [(run.model, row["fit_s"] + row["test_s"]) for run in runs[0].all if run.is_done and (row := run.row)]
     if not known:
         return ""
     seconds = 0.0

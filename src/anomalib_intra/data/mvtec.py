@@ -40,6 +40,7 @@ metal_nut, pill, screw, tile, toothbrush, transistor, wood, zipper.
 
     #: Categories of the data set.
     categories: tuple[str, ...] = CATEGORIES
+    seed: int
 
     def __init__(
         self,

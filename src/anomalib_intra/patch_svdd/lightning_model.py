@@ -21,7 +21,7 @@ from anomalib_intra.batch import is_normal
 from anomalib_intra.command_line import as_commanded
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
-from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.normal_images import NormalImages, Share
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
@@ -105,7 +105,7 @@ class PatchSVDD(DrawnModule):
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader:
+    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader[PairBatch]:
         """Draw pairs of patches.
 
         Args:
@@ -131,6 +131,7 @@ class PatchSVDD(DrawnModule):
     def on_fit_start(self) -> None:
         """Forget the memory bank, and compute the mean training image, which is subtracted from all images."""
         super().on_fit_start()
+        assert self._images is not None
         self.model.empty_memory_bank()
         self.model.mean_image.copy_(self.mean_training_image(self._images))
 
@@ -147,13 +148,13 @@ class PatchSVDD(DrawnModule):
         """
         del args, kwargs
         terms = self._loss_of(batch)
-        count = {"batch_size": len(batch)}
+        count: dict[str, Any] = {"batch_size": len(batch)}
         self.log("train_loss", terms.total, prog_bar=True, on_step=True, on_epoch=True, **count)
         self.log("train_position_loss", terms.position, on_step=False, on_epoch=True, **count)
         self.log("train_svdd_loss", terms.svdd, on_step=False, on_epoch=True, **count)
         return terms.total
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def validation_step(self, batch: ImageBatch, batch_idx: int, *args: Any, **kwargs: Any) -> ImageBatch:
         """While training, compute the loss on fixed pairs from held-out normal images; otherwise score the batch.
 
         Args:
@@ -163,21 +164,23 @@ class PatchSVDD(DrawnModule):
             **kwargs: Unused.
 
         Returns:
-            STEP_OUTPUT: The batch.
+            ImageBatch: The batch.
         """
         del args, kwargs
         if self.trainer.state.fn != "fit":
             return self.test_step(batch)
         normal = is_normal(batch)
         if normal.any():
-            images = torch.as_tensor(batch.image[normal])
+            images = torch.as_tensor(batch.image)[normal]
             draws = draw_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(self._number(batch_idx)))
             self.add_val_loss(self._loss_of(draws, noise=0.0).total, len(draws))
         return batch
 
     def _number(self, batch_idx: int) -> int:
         """Number a batch as a single process would."""
+        assert self._images is not None
         share = self._images.held_out.sampler
+        assert isinstance(share, Share)
         return share.rank + batch_idx * share.num_replicas
 
     def _loss_of(self, draws: PairBatch, **noise: float) -> LossTerms:
@@ -201,7 +204,7 @@ class PatchSVDD(DrawnModule):
         small, big = [], []
         for batch in track(images.statistics, "Memory bank"):
             batch = self.on_device(batch)
-            features = self.model.encode(torch.as_tensor(batch.image[is_normal(batch)]))
+            features = self.model.encode(torch.as_tensor(batch.image)[is_normal(batch)])
             small.append(rearrange(features.small, "b d h w -> (b h w) d"))
             big.append(rearrange(features.big, "b d h w -> (b h w) d"))
         self.model.bank_small, self.model.bank_big = (gathered(torch.cat(bank)) for bank in (small, big))
@@ -211,7 +214,7 @@ class PatchSVDD(DrawnModule):
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
-    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
         """Give a batch raw scores and maps.
 
         Args:
@@ -220,7 +223,7 @@ class PatchSVDD(DrawnModule):
             **kwargs: Unused.
 
         Returns:
-            STEP_OUTPUT: The batch.
+            ImageBatch: The batch.
         """
         del args, kwargs
         predictions = self.model(torch.as_tensor(batch.image))

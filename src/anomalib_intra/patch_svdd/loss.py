@@ -75,9 +75,9 @@ class PatchSVDDLoss(nn.Module):
         Returns:
             LossTerms: The loss and its two terms.
         """
-        levels = ((features.small, self.classifier_small), (features.big, self.classifier_big))
-        position = sum(_position_loss(pairs, classifier) for pairs, classifier in levels)
-        svdd = sum(_svdd_loss(pairs) for pairs, _ in levels)
+        small, big = features
+        position = _position_loss(small, self.classifier_small) + _position_loss(big, self.classifier_big)
+        svdd = _svdd_loss(small) + _svdd_loss(big)
         return LossTerms(position + self.svdd_weight * svdd, position, svdd)
 
 

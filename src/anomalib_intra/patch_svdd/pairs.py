@@ -2,7 +2,7 @@
 """How training pairs of patches are drawn and cut (sec. 3.1-3.2)."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -126,11 +126,11 @@ def draw_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Gene
         >>> len(draws), int(draws.small_offset.abs().max()) < 32
         (10, True)
     """
-    size = tuple(images.shape[-2:])
+    size = (images.shape[-2], images.shape[-1])
     check_trainable(size)
     count = len(images) * pairs_per_image
     order = torch.randperm(count, generator=generator)
-    draws = {"index": order % len(images)}
+    draws: dict[str, Any] = {"index": order % len(images)}
     for level, patch_size in (("small", SMALL_PATCH), ("big", BIG_PATCH)):
         label, offset = _draw_neighbours(count, patch_size, generator)
         near_offset = _draw_near_offsets(count, patch_size, generator)

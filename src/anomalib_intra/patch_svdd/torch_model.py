@@ -169,8 +169,8 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
         patches = [x for level in pairs for x in (level.first, level.second, level.near_first, level.near_second)]
         features = self.encode_all(*patches)
         return Pairs(
-            small=LevelPairs(*features[:2], pairs.small.label, *features[2:4]),
-            big=LevelPairs(*features[4:6], pairs.big.label, *features[6:]),
+            small=LevelPairs(features[0], features[1], pairs.small.label, features[2], features[3]),
+            big=LevelPairs(features[4], features[5], pairs.big.label, features[6], features[7]),
         )
 
     def encode_all(self, *groups: torch.Tensor) -> list[torch.Tensor]:
@@ -249,7 +249,7 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
             )
             raise RuntimeError(msg)
         features = self.encode(images)
-        size = images.shape[-2:]
+        size = (images.shape[-2], images.shape[-1])
         small = _distance_map(features.small, self.bank_small)
         big = _distance_map(features.big, self.bank_big)
         return spread(small, SMALL_PATCH, SMALL_STRIDE, size) * spread(big, BIG_PATCH, BIG_STRIDE, size)
@@ -358,4 +358,5 @@ def _initialise(module: nn.Module) -> None:
     # With torch's default the features of different patches differ by 1e-4, less than bf16 can tell.
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, a=_SLOPE)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
