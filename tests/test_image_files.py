@@ -351,7 +351,7 @@ def test_data_sets_at_odd_and_very_long_paths_are_refused_and_work_from_within(
     monkeypatch.chdir(root)
     datamodule = TextureDemo("demo", num_workers=0)
     tiny_engine(tmp_path / "r").train(tiny_intra(windows_per_image=1), datamodule=datamodule)
-    assert len(list((tmp_path / "r").rglob("*.png"))) == 52
+    assert len(list((tmp_path / "r").rglob("images/test/*/*.png"))) == 52
 
 
 @pytest.mark.parametrize("name", ["größe 検査 🔩.png", "x" * 250 + ".png"])
