@@ -197,9 +197,8 @@ class LastCheckpoint(Checkpoint):
             )
 
     def _save(self, trainer: Trainer) -> None:
-        assert self.path is not None, "found out by setup"
         started = time.monotonic()
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path)  # type: ignore[arg-type]  # found out by setup
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - started
