@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from anomalib.data import PredictDataset
 from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from anomalib_intra import InTra, TextureDemo
 
@@ -59,21 +61,13 @@ def test_memory_stays_flat_over_2000_steps(demo: TextureDemo, tmp_path: Path) ->
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
 def test_memory_stays_flat_over_500_predictions(demo: TextureDemo, tmp_path: Path) -> None:
     model = tiny_intra()
-    engine = tiny_engine(tmp_path, max_epochs=1, logger=False)
-    engine.fit(model, datamodule=demo)
-    image = demo.root / "weave/test/hole/000.png"
-    used = []
-    for _ in range(500):
-        engine.trainer.predict(model, dataloaders=_loader_of(image), return_predictions=False)
-        used.append(resident_mib())
-    growth = 1000 * float(np.polyfit(range(250, 500), used[250:], 1)[0])
-    print(f"\n500 predictions: {used[0]:.0f} to {used[-1]:.0f} MiB, {growth:.1f} MiB per 1000")
-    assert growth < 5
-
-
-def _loader_of(image: Path) -> object:
-    from anomalib.data import PredictDataset
-    from torch.utils.data import DataLoader
-
-    dataset = PredictDataset(image)
-    return DataLoader(dataset, collate_fn=dataset.collate_fn)
+    tiny_engine(tmp_path, max_epochs=1, logger=False).fit(model, datamodule=demo)
+    images = PredictDataset(demo.root / "weave/test/good")
+    images.image_filenames = (images.image_filenames * 25)[:500]
+    watch = Watch(every=10)
+    tiny_engine(tmp_path / "p", callbacks=[watch], logger=False).predict(
+        model, dataloaders=DataLoader(images, collate_fn=images.collate_fn), return_predictions=False
+    )
+    print(f"\n500 predictions: {watch.mib[0]:.0f} to {watch.mib[-1]:.0f} MiB, {watch.growth():.1f} MiB per 1000")
+    assert watch.at[-1] == 490
+    assert watch.growth() < 5
