@@ -7,7 +7,8 @@ It adds the few commands that anomalib has no place for.
 import signal
 import sys
 from argparse import ArgumentParser as PlainParser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,18 @@ def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
     command(**{key: value for key, value in given.items() if key in signature(command).parameters})
 
 
+@contextmanager
+def _stoppable(goes_on: str) -> Iterator[None]:
+    """End with a sentence where a command that can go on later is stopped."""
+    # A process that is told to end must not leave its run going on alone.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on {goes_on}.")
+        sys.exit(130)
+
+
 def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
     """Run what is missing of a benchmark and write its tables, page and chart.
 
@@ -59,13 +72,8 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
         config: YAML file in the format of anomalib's benchmark, see configs/benchmark.yaml.
         output: Folder for benchmark.csv, benchmark.md, benchmark.png and the runs.
     """
-    # A process that is told to end must not leave its run going on alone.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with _stoppable("with the runs that are missing"):
         rows = benchmark(config, output)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on with the runs that are missing.")
-        sys.exit(130)
     print(rows.to_string(index=False))
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")
     if rows["error"].any():
@@ -86,12 +94,8 @@ def _ablations(
         root: Folder of the data set, in the place of that in the configs.
         output: Folder for ablations.csv, ablations.md and the runs.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with _stoppable("with the runs that are missing"):
         rows = ablations(configs, only, root, output)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on with the runs that are missing.")
-        sys.exit(130)
     print((output / "ablations.md").read_text(encoding="utf-8"))
     if rows["error"].any():
         sys.exit(1)
