@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes share a run's work and come to what one process comes to."""
 
-import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
 from anomalib_intra import InTra, PatchSVDD, TextureDemo
@@ -83,11 +84,21 @@ class Log(Callback):
         self.seen["val_loss"].append(float(trainer.callback_metrics["val_loss"]))
 
 
+def weights_of(model: InTra | PatchSVDD) -> torch.Tensor:
+    return parameters_to_vector(model.model.parameters()).detach()
+
+
 def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     """Train and test; give what this process saw."""
     seed_everything(5)
     log = Log()
-    model = tiny_intra(patience=2) if kind == "intra" else PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
+    if kind == "intra":
+        model = tiny_intra(patience=2)
+    else:
+        model = PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
+        # Every process draws the noise of its patches for itself; without it, the steps must be those of one process.
+        model._loss_of = partial(model._loss_of, noise=0.0)
+    before = weights_of(model)
     # 54 training images, 6 held out, 52 test images.
     datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=7)
     several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
@@ -100,7 +111,8 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
         "metrics": results[0],
         "mean": mean.flatten().tolist(),
         "thresholds": [float(processor.image_threshold), float(processor.pixel_threshold)],
-        "weights": [float(value.double().sum()) for value in model.model.parameters()],
+        "weights": weights_of(model),
+        "moved": float((weights_of(model) - before).norm()),
         "best": str(engine.best_model_path),
         "epoch": int(torch.load(engine.best_model_path, weights_only=True)["epoch"]),
         "folder": str(engine.trainer.default_root_dir),
@@ -111,7 +123,7 @@ if __name__ == "__main__":
     kind, root, demo_root, out = sys.argv[1], *map(Path, sys.argv[2:5])
     seen = run(kind, root, demo_root, WORLD)
     rank = torch.distributed.get_rank()
-    (out / f"{rank}.json").write_text(json.dumps(seen))
+    torch.save(seen, out / f"{rank}.pt")
 
 
 @pytest.fixture(scope="module", params=["intra", pytest.param("patch_svdd", marks=pytest.mark.slow)])
@@ -126,7 +138,7 @@ def runs(request, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         timeout=500,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    several = [json.loads((root / f"{rank}.json").read_text()) for rank in range(WORLD)]
+    several = [torch.load(root / f"{rank}.pt") for rank in range(WORLD)]
     return kind, run(kind, root / "alone", demo_root, 1), several
 
 
@@ -139,17 +151,19 @@ def test_windows_of_an_epoch_are_shared_out_without_overlap(runs: tuple) -> None
 
 def test_losses_and_weights_are_those_of_one_process(runs: tuple) -> None:
     kind, alone, several = runs
-    # Patch-SVDD adds noise to its patches, which every process draws for itself.
-    loss, weights = (1e-4, 1e-3) if kind == "intra" else (1e-2, 5e-2)
+    # Adam's first steps are as long for a gradient that is zero but for rounding as for any other. Patch-SVDD has such
+    # gradients and takes four steps here: of what training moves, 2 % differ.
+    share = 0.01 if kind == "intra" else 0.05
     for part in several:
-        assert part["val_loss"] == pytest.approx(alone["val_loss"], rel=loss)
-        assert part["weights"] == pytest.approx(alone["weights"], rel=weights, abs=weights)
+        assert part["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
+        assert (part["weights"] - alone["weights"]).norm() < share * alone["moved"]
 
 
 def test_processes_agree_with_each_other_to_the_last_digit(runs: tuple) -> None:
     _, _, (first, second) = runs
-    for name in ("val_loss", "metrics", "mean", "thresholds", "weights", "best", "epoch"):
+    for name in ("val_loss", "metrics", "mean", "thresholds", "best", "epoch"):
         assert first[name] == second[name], name
+    assert torch.equal(first["weights"], second["weights"])
 
 
 def test_processes_write_into_one_folder(runs: tuple) -> None:
