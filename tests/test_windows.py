@@ -14,10 +14,12 @@ from anomalib_intra import draws as draws_module
 from anomalib_intra.draws import DrawLoader, Prepared
 from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
+from .reference import reference_origin
+
 K = 2
 
 
-def draw(rows, columns, images=4, windows_per_image=500, window_size=3, augment=True, seed=0):
+def draw(rows, columns, images=4, windows_per_image=500, window_size=3, augment=True, seed=0, centred=False):
     return draw_windows(
         torch.zeros(images, 3, rows * K, columns * K),
         windows_per_image,
@@ -25,6 +27,7 @@ def draw(rows, columns, images=4, windows_per_image=500, window_size=3, augment=
         window_size,
         augment,
         torch.Generator().manual_seed(seed),
+        centred,
     )
 
 
@@ -46,6 +49,16 @@ def test_windows_lie_in_the_grid_and_hold_their_hidden_patch(rows, columns, wind
     for position, origin in ((batch.t, batch.r), (batch.u, batch.s)):
         assert (position - origin).min() >= 0
         assert (position - origin).max() <= window_size - 1
+
+
+@pytest.mark.parametrize(("rows", "columns", "window_size"), [(5, 5, 3), (4, 6, 3), (6, 4, 2), (3, 3, 3)])
+def test_centred_windows_are_those_of_inference(rows, columns, window_size):
+    batch = draw(rows, columns, window_size=window_size, centred=True)
+    seen = Counter(zip(batch.t.tolist(), batch.u.tolist(), batch.r.tolist(), batch.s.tolist(), strict=True))
+    every_patch = list(itertools.product(range(1, rows + 1), range(1, columns + 1)))
+    origin = partial(reference_origin, L=window_size)
+    assert set(seen) == {(t, u, origin(t, rows), origin(u, columns)) for t, u in every_patch}
+    assert max(seen.values()) < 2 * len(batch) / len(every_patch)
 
 
 @pytest.mark.parametrize(("rows", "columns", "window_size"), [(5, 5, 3), (4, 6, 3), (6, 4, 2)])

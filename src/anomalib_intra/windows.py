@@ -7,7 +7,7 @@ import torch
 from einops import rearrange
 from kornia.geometry.transform import hflip, vflip
 
-from anomalib_intra.grid import patchify
+from anomalib_intra.grid import centred_origin, patchify
 
 
 @dataclass
@@ -52,8 +52,12 @@ def draw_windows(
     window_size: int,
     augment: bool,
     generator: torch.Generator,
+    centred: bool = False,
 ) -> WindowBatch:
     """Draw random windows with a random hidden patch from every image, in random order.
+
+    With ``centred``, the hidden patch is drawn from the whole image, and its window is the one that inpaints it when an
+    image is reconstructed (eq. 13-15). The paper draws the window first, and then the patch within it.
 
     With ``augment`` every window's image is turned and flipped at random: a transposition followed by flips gives each
     of the eight symmetries of a square with equal chance. Images that are not square are only flipped (which includes
@@ -66,6 +70,7 @@ def draw_windows(
         window_size (int): Side length L of a window in patches.
         augment (bool): Turn and flip.
         generator (torch.Generator): Source of randomness, on the CPU.
+        centred (bool): Draw the windows of inference.
 
     Returns:
         WindowBatch: All ``P * windows_per_image`` windows.
@@ -86,15 +91,19 @@ def draw_windows(
         return toss if augment and allowed else torch.zeros_like(toss)
 
     order = torch.randperm(count, generator=generator)
-    r = uniform(1, rows - window_size + 1)
-    s = uniform(1, columns - window_size + 1)
+    if centred:
+        t, u = uniform(1, rows), uniform(1, columns)
+        r, s = centred_origin(t, rows, window_size), centred_origin(u, columns, window_size)
+    else:
+        r, s = uniform(1, rows - window_size + 1), uniform(1, columns - window_size + 1)
+        t, u = r + uniform(0, window_size - 1), s + uniform(0, window_size - 1)
     return WindowBatch(
         image=images,
         index=order % len(images),
         r=r,
         s=s,
-        t=r + uniform(0, window_size - 1),
-        u=s + uniform(0, window_size - 1),
+        t=t,
+        u=u,
         transposed=coin(rows == columns),
         flipped_h=coin(),
         flipped_v=coin(),
