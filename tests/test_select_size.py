@@ -15,8 +15,8 @@ from anomalib.cli.cli import AnomalibCLI
 from pandas import Series
 
 from anomalib_intra import InTra, cli
+from anomalib_intra.loss_curve import LossCurve, read_curve
 from anomalib_intra.select_size import select_size
-from anomalib_intra.select_size.curve import LossCurve, read_curve
 from anomalib_intra.select_size.report import selection
 from anomalib_intra.select_size.rule import averaged, choose
 
@@ -195,7 +195,7 @@ def test_a_stopped_selection_ends_as_one_that_was_not_stopped(
 
 def test_a_finished_selection_trains_nothing(whole, config: Path, monkeypatch) -> None:
     output, table = whole
-    monkeypatch.setattr("anomalib_intra.select_size.fit.Fit.run", None)
+    monkeypatch.setattr("anomalib_intra.fit.Fit.run", None)
     again = select_size(["--config", str(config)], SIZES, EPOCHS, output)
     pd.testing.assert_frame_equal(again, table)
 
@@ -210,7 +210,7 @@ def test_a_finished_selection_trains_nothing(whole, config: Path, monkeypatch) -
         ([], (), EPOCHS, "no image sizes"),
         ([], SIZES, 10, "there are 10: train for 11 epochs or more"),
         (["--model.window_sise", "3"], SIZES, EPOCHS, "window_sise"),
-        (["--model", "Padim"], SIZES, EPOCHS, "chosen for InTra"),
+        (["--model", "Padim"], SIZES, EPOCHS, "trains an InTra"),
         (["--data", "null"], SIZES, EPOCHS, "no data to train on"),
         (["--model", "null"], SIZES, EPOCHS, "needs a model and data: Option 'model' is required"),
     ],

@@ -19,9 +19,13 @@ from jsonargparse import ArgumentParser
 
 from anomalib_intra.ablations import ablations
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.reproduce import reproduce
 from anomalib_intra.select_size import select_size
 from anomalib_intra.speed import speed
 from anomalib_intra.yardsticks import yardsticks
+
+#: Exit code of a command that was given too little time, and goes on in the next call.
+_MORE_TO_DO = 75
 
 
 def main() -> None:
@@ -36,8 +40,9 @@ def main() -> None:
         "speed": _speed,
         "yardsticks": _print_yardsticks,
     }
-    if sys.argv[1:2] == ["select-size"]:
-        _select_size(sys.argv[2:])
+    with_anomalibs_arguments = {"reproduce": _reproduce, "select-size": _select_size}
+    if sys.argv[1:2] and sys.argv[1] in with_anomalibs_arguments:
+        with_anomalibs_arguments[sys.argv[1]](sys.argv[2:])
     elif len(sys.argv) > 1 and sys.argv[1] in own:
         _run(own[sys.argv[1]], sys.argv[1], sys.argv[2:])
     else:
@@ -102,27 +107,62 @@ def _ablations(
 
 
 def _select_size(args: list[str]) -> None:
-    # All other arguments are anomalib's, so none of them may be taken for ours.
-    parser = PlainParser(
-        prog="anomalib-intra select-size",
-        description="Train at several image sizes and choose one by the validation loss, as the paper does (sec. 4.1).",
-        epilog="All other arguments are those of anomalib train, such as --config or --data.category.",
-        allow_abbrev=False,
+    parser = _parser_beside_anomalibs(
+        "select-size",
+        "Train at several image sizes; choose one by the validation loss, as the paper does (sec. 4.1).",
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 512], help="Sides of the images in pixels.")
     parser.add_argument("--epochs", type=int, default=200, help="Epochs of every size, at least 11.")
     parser.add_argument("--output", type=Path, default=Path("results/select-size"), help="Folder for all results.")
     own, others = parser.parse_known_args(args)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
+    with _stoppable("where it was stopped"), _refusing(parser):
         table = select_size(others, own.sizes, own.epochs, own.output)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        parser.exit(2, f"anomalib-intra select-size: {error}\n")
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it was stopped.")
-        sys.exit(130)
     print(table.to_string(index=False))
     print(f"\nGo on with: anomalib train --config {own.output / 'config.yaml'}")
+
+
+def _reproduce(args: list[str]) -> None:
+    parser = _parser_beside_anomalibs(
+        "reproduce", "Train and test a category of MVTec AD with the paper's settings, beside its figures."
+    )
+    parser.add_argument("category", help="Category, such as bottle.")
+    parser.add_argument("--config", type=Path, help="Config; defaults to configs/mvtec/CATEGORY.yaml, the paper's.")
+    parser.add_argument("--epochs", type=int, help="Epochs at most; defaults to the config's max_epochs, else to 200.")
+    parser.add_argument(
+        "--minutes", type=float, help=f"Stop after so long, with exit code {_MORE_TO_DO}, to go on in the next call."
+    )
+    parser.add_argument("--output", type=Path, default=Path("results/reproduce"), help="Folder for all results.")
+    own, others = parser.parse_known_args(args)
+    config = own.config or Path("configs/mvtec") / f"{own.category}.yaml"
+    if not config.is_file():
+        parser.exit(2, f"anomalib-intra reproduce: There is no config {config}: give one with --config.\n")
+    arguments = ["--config", str(config), "--data.category", own.category, *others]
+    with _stoppable("where it was stopped"), _refusing(parser):
+        result = reproduce(arguments, own.epochs, own.minutes, own.output)
+    if result is None:
+        print("\nThe time is up; the training is not done. The same command goes on where it was stopped.")
+        sys.exit(_MORE_TO_DO)
+    print((own.output / own.category / "result.md").read_text(encoding="utf-8"))
+    print(f"The pictures and the report: {result['test']}")
+
+
+def _parser_beside_anomalibs(name: str, description: str) -> PlainParser:
+    # All other arguments are anomalib's, so none of them may be taken for ours.
+    return PlainParser(
+        prog=f"anomalib-intra {name}",
+        description=description,
+        epilog="All other arguments are those of anomalib train, such as --config or --data.category.",
+        allow_abbrev=False,
+    )
+
+
+@contextmanager
+def _refusing(parser: PlainParser) -> Iterator[None]:
+    """End with a sentence where a command cannot do what it is asked for."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def _speed(
@@ -148,11 +188,18 @@ def _speed(
     print(f"\nMeasured on {table.attrs['device']}; written to {output}.")
 
 
-def _print_yardsticks(data: AnomalibDataModule, image_size: tuple[int, int] = (256, 256)) -> None:
+def _print_yardsticks(
+    data: AnomalibDataModule,
+    image_size: tuple[int, int] = (256, 256),
+    original_size: bool = False,
+    output: Path = Path("results"),
+) -> None:
     """Print what a flat and the mean-image reconstruction score.
 
     Args:
         data: Datamodule to train and test on.
         image_size: Height and width to which images are resized.
+        original_size: Compare at the size of the image files, as the paper's configs do.
+        output: Folder for what anomalib's Engine writes.
     """
-    print(yardsticks(data, image_size).round(4).to_string())
+    print(yardsticks(data, image_size, original_size, output).round(4).to_string())

@@ -102,7 +102,7 @@ def _measurements(
                         "times_the_loop": windows / seconds / loop,
                     }
         forget_peak_memory(device)
-        windows, seconds = _training(intra, training_steps, device, autocast)
+        windows, seconds = time_training(intra, training_steps, device, autocast)
         # Backwards takes twice the work of forwards.
         yield row("training step", windows, seconds, work=3, image_size=image_sizes[0])
 
@@ -163,8 +163,18 @@ def _loop(model: InpaintingTransformer, windows: int = _WINDOWS_OF_THE_LOOP) -> 
         model.inpaint(patches, origin, origin, hidden, hidden)
 
 
-def _training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> tuple[int, float]:
-    """Time training steps with Adam, from bytes of images to the changed weights."""
+def time_training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> tuple[int, float]:
+    """Time training steps with Adam on random images, from drawing the windows to the changed weights.
+
+    Args:
+        intra (InTra): Model on the device; its weights change.
+        steps (int): Steps that are timed, after one that is not.
+        device (torch.device): The device.
+        autocast (Callable): Makes a context of the precision, such as ``contextlib.nullcontext``.
+
+    Returns:
+        tuple[int, float]: Windows of all steps, and seconds.
+    """
     random: Any = torch.rand(_TRAINING_IMAGES, 3, *intra.image_size)  # as good as a Dataset
     images = DataLoader(random, generator=torch.Generator())
     draw = partial(draw_windows, patch_size=intra.patch_size, window_size=intra.window_size, augment=intra.augment)

@@ -5,6 +5,7 @@ Eq. 17 compares difference maps with their mean, so a flat grey image in place o
 many defects. A model that does not beat both yardsticks has learned nothing that counts, whatever its AUROC.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 from anomalib_intra.lightning_model import InTra
 from anomalib_intra.metrics import PSNR
 from anomalib_intra.normal_images import NormalImages
+from anomalib_intra.post_processor import InTraPostProcessor
 from anomalib_intra.torch_model import Reconstruction
 
 
@@ -116,20 +118,34 @@ class Yardstick(InTra):
         super().calibrate(images)
 
 
-def yardsticks(datamodule: AnomalibDataModule, image_size: tuple[int, int] = (256, 256)) -> DataFrame:
+def yardsticks(
+    datamodule: AnomalibDataModule,
+    image_size: tuple[int, int] = (256, 256),
+    original_size: bool = False,
+    output: Path = Path("results"),
+) -> DataFrame:
     """Score the flat and the mean-image reconstruction exactly as InTra is scored.
 
     Args:
         datamodule (AnomalibDataModule): Data to train on (the means) and to test on.
         image_size (tuple[int, int]): Height and width to which images are resized.
+        original_size (bool): Compare at the size of the image files, see :class:`InTraPostProcessor`.
+        output (Path): Folder for what the Engine writes.
 
     Returns:
         DataFrame: A row for each yardstick; AUROC and AUPRO in 0 .. 1, PSNR of good test images in dB.
     """
     rows = {}
     for name, flat in (("flat, the training images' mean colour", True), ("the mean training image", False)):
-        model = Yardstick(image_size, flat, evaluator=_evaluator(), visualizer=False)
-        results = Engine(logger=False, enable_progress_bar=False).test(model, datamodule=datamodule, verbose=False)
+        model = Yardstick(
+            image_size,
+            flat,
+            post_processor=InTraPostProcessor(original_size=original_size),
+            evaluator=_evaluator(),
+            visualizer=False,
+        )
+        engine = Engine(default_root_dir=output, logger=False, enable_progress_bar=False)
+        results = engine.test(model, datamodule=datamodule, verbose=False)
         rows[name] = results[0]
     return DataFrame(rows).T
 

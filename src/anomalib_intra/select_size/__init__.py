@@ -4,15 +4,12 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from anomalib.utils.config import flatten_dict
 from pandas import DataFrame
 
+from anomalib_intra.fit import Fit
 from anomalib_intra.grid import check_image_size
-from anomalib_intra.select_size.curve import LossCurve, read_curve
-from anomalib_intra.select_size.fit import Fit
+from anomalib_intra.loss_curve import LossCurve, read_curve
 from anomalib_intra.select_size.report import write_selection
 from anomalib_intra.select_size.rule import averaged
 
@@ -53,7 +50,7 @@ def select_size(
     output, sizes = Path(output), sorted(set(sizes))
     fit = Fit(arguments)
     _check(fit, sizes, epochs)
-    _claim(output, fit.settings)
+    fit.claim(output)
 
     folders = {size: output / f"{size}x{size}" for size in sizes}
     missing = {size: max(0, epochs - len(read_curve(folders[size] / "losses.csv"))) for size in sizes}
@@ -80,19 +77,3 @@ def _check(fit: Fit, sizes: Sequence[int], epochs: int) -> None:
     for size in sizes:
         check_image_size(size, size, fit.model.patch_size, fit.model.window_size)
     averaged(DataFrame({"val_loss": 0.0}, index=range(epochs))["val_loss"])  # refuses too few epochs
-
-
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Keep the settings beside what is trained with them, and refuse a folder that was trained with others."""
-    path = output / "given.yaml"
-    if path.is_file():
-        before, now = (flatten_dict(one) for one in (yaml.safe_load(path.read_text(encoding="utf-8")), settings))
-        differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-        if differing:
-            msg = (
-                f"{output} holds a selection with another {', '.join(differing)}: give another output folder, or "
-                "delete it to start anew."
-            )
-            raise ValueError(msg)
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(settings, sort_keys=False, width=120), encoding="utf-8")
