@@ -164,6 +164,7 @@ def test_resumed_training_is_what_is_tested(uncut: tuple, demo_root: Path, tmp_p
     datamodule = TextureDemo(demo_root, num_workers=0)
     results = tiny_engine(tmp_path, max_epochs=EPOCHS).train(model, datamodule=datamodule, ckpt_path=last)
     assert_same(model, uncut[0])
+    assert_same(InTra.load_from_checkpoint(tmp_path / RUN / "v1" / BEST), uncut[0])
     expected = tiny_engine(tmp_path / "again").test(uncut[0], datamodule=datamodule)
     assert results[0] == expected[0]
 
@@ -172,6 +173,35 @@ class SpoilsLaterEpochs(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: InTra) -> None:
         if trainer.current_epoch > 0:
             nn.init.normal_(pl_module.model.to_pixels.weight, std=3.0)
+
+
+def test_a_run_cut_after_its_last_epoch_is_calibrated_when_it_goes_on(demo_root: Path, tmp_path: Path) -> None:
+    class CrashError(Exception):
+        pass
+
+    class Worsens(Callback):
+        """Makes the first epoch the best, so that the last weights are not those to test."""
+
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: InTra) -> None:
+            if trainer.current_epoch == 1:
+                nn.init.constant_(pl_module.model.to_pixels.bias, 9.0)
+
+    def train(root: Path, ckpt_path: Path | None = None, crash: bool = False) -> tuple[InTra, dict]:
+        seed_everything(5)
+        model = tiny_intra()
+        if crash:
+            model.calibrate = lambda _: (_ for _ in ()).throw(CrashError())
+        engine = tiny_engine(root, max_epochs=2, callbacks=[Worsens()], logger=False)
+        (metrics,) = engine.train(model, datamodule=TextureDemo(demo_root, num_workers=0), ckpt_path=ckpt_path)
+        return model, metrics
+
+    expected, metrics = train(tmp_path / "uncut")
+    with pytest.raises(CrashError):
+        train(tmp_path / "cut", crash=True)
+    resumed, found = train(tmp_path / "cut", tmp_path / "cut" / RUN / "v0" / LAST)
+    assert found == metrics
+    assert_same(resumed, expected)
+    assert_same(InTra.load_from_checkpoint(tmp_path / "cut" / RUN / "v1" / BEST), expected)
 
 
 @pytest.mark.parametrize("moved", [False, True])

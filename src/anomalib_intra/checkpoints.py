@@ -93,6 +93,8 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best epoch so far over from the run that is resumed."""
+        if self._trainer is not None and self._trainer.state.fn != "fit":
+            return  # Engine.train gives that run's checkpoint to the test, too: this run has its own best by then
         best = Path(state_dict["best_model_path"])
         if state_dict["best_model_path"] and self._trainer is not None and state_dict["dirpath"] != self.dirpath:
             # Where the folder was moved, the best checkpoint lies beside the one that is resumed from.

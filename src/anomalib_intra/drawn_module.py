@@ -286,6 +286,14 @@ class DrawnModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  # anom
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._draws = None
 
+    def on_fit_end(self) -> None:
+        """End a run that was stopped after its last epoch: resumed, it has nothing to train and skips that end."""
+        if self._images is not None:
+            self._resumed_from = str(self.trainer.ckpt_path)
+            self.to(self.trainer.strategy.root_device)  # which Lightning has taken the model from by now
+            self.on_train_end()
+            self.cpu()
+
     # ---- validation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:

@@ -112,9 +112,9 @@ class Fit(AnomalibCLI):
         arguments = dict(self.config_init["fit"]["trainer"])
         given = arguments.pop("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        # Only to carry the command line to the model, which looks for its seed, optimizer and schedule there.
+        # Carries the command line to the model, which looks for its seed, optimizer and schedule there.
         parser: Any = self._parser("fit")
-        commanded = SaveConfigCallback(parser, self.config["fit"], save_to_log_dir=False)
+        commanded = SaveConfigCallback(parser, self.config["fit"], overwrite=True)
         kept = [one for one in given if not isinstance(one, Checkpoint)]
         return Engine(
             **{**arguments, "default_root_dir": folder, "callbacks": [*kept, commanded, *callbacks], **trainer}

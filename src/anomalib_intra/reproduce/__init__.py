@@ -67,6 +67,8 @@ def reproduce(
     epochs = epochs or max(fit.settings.get("trainer", {}).get("max_epochs") or 0, 0) or _EPOCHS
     slices = read_slices(folder / "slices.json")
     done = slices[-1]["epochs"] if slices else 0
+    if (folder / "result.json").is_file() and json.loads((folder / "result.json").read_text())["ended_by_itself"]:
+        epochs = done
     left = timedelta(seconds=round(forecast(fit, max(0, epochs - done))))
     print(
         f"{category}: {done} of {epochs} epochs done, about {left} of training left (less if the validation loss stops "
@@ -81,7 +83,7 @@ def reproduce(
         BestCheckpoint(weights),
         LastCheckpoint(weights),
     ]
-    trainer = {"max_epochs": epochs, "max_steps": -1, "max_time": None, "check_val_every_n_epoch": 1}
+    trainer = {"max_epochs": max(epochs, done), "max_steps": -1, "max_time": None, "check_val_every_n_epoch": 1}
     engine = fit.make_engine(folder, callbacks, **trainer)
     last = weights / "last.ckpt"
     try:
@@ -109,7 +111,7 @@ def reproduce(
         "windows": done * len(fit.datamodule.train_data) * fit.model.windows_per_image,
         "slices": read_slices(folder / "slices.json"),
         "metrics": metrics,
-        "yardsticks": compared.to_dict(orient="index"),
+        "yardsticks": compared.rename(columns={"PSNR": "good_PSNR"}).to_dict(orient="index"),
         "test": str(Path(testing.trainer.default_root_dir)),
     }
     (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")

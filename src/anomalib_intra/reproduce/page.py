@@ -40,7 +40,7 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 
 {_extent(result)}
 
-{figures(result).to_markdown(floatfmt=("", ".3f", ".3f", ".3f", ".1f"), missingval="-")}
+{_markdown(figures(result))}
 
 - {result["parameters"] / 1e6:.2f} million parameters, seed {result["settings"]["seed_everything"]}, precision \
 {result["settings"]["trainer"].get("precision") or "32-true"}.
@@ -50,7 +50,7 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 
 ![Training and validation loss](losses.png)
 
-Arguments of the model, the paper's where not given:
+Arguments of the model:
 
 ```yaml
 {yaml.safe_dump({key: value for key, value in init.items() if not isinstance(value, dict)}, sort_keys=False).strip()}
@@ -77,8 +77,13 @@ def figures(result: dict[str, Any]) -> DataFrame:
     return table.astype(float).rename(columns=_COLUMNS)
 
 
+def _markdown(table: DataFrame) -> str:
+    known = table.astype(object).where(table.notna(), None)
+    return known.to_markdown(floatfmt=("", ".3f", ".3f", ".3f", ".1f"), missingval="-")
+
+
 def _extent(result: dict[str, Any]) -> str:
-    trained = f"{result['epochs']} epochs, {result['windows'] / 1e6:.2f} million windows"
+    trained = f"{result['epochs']} epochs, {result['windows']:,} windows"
     if result["ended_by_itself"]:
         return f"Trained for {trained}, until the validation loss had stopped improving."
     return f"Trained for {trained}; **not until the validation loss had stopped improving**: more may do better."
