@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import seed_everything
 
 from anomalib_intra import TextureDemo
+from anomalib_intra.compiler import why_not_compiled
 from anomalib_intra.machine import peak_memory_mib
 from anomalib_intra.torch_model import InpaintingTransformer
 
@@ -41,8 +42,43 @@ def test_bf16_moves_auroc_by_less_than_a_tenth_of_a_point(demo: TextureDemo, tmp
         assert figures["bf16-mixed"][name] == pytest.approx(figures["32-true"][name], abs=1e-3), name
 
 
+@pytest.mark.slow
+def test_compiled_blocks_reconstruct_and_train_as_plain_ones_do(demo: TextureDemo, tmp_path: Path) -> None:
+    assert why_not_compiled(torch.device("cpu")) is None
+    models = {}
+    for compiled in (False, True):
+        seed_everything(0)
+        models[compiled] = tiny_intra(compile_blocks=compiled, readout="token")
+        engine = tiny_engine(tmp_path, max_epochs=1)
+        engine.fit(models[compiled], datamodule=demo)
+    images = torch.rand(3, 3, 64, 64)
+    with torch.inference_mode():
+        plain, fused = (models[compiled].model.reconstruct(images) for compiled in (False, True))
+    assert models[True].model.blocks[1]._compiled_call_impl is not None
+    assert (plain - fused).abs().max() < 1e-4  # 14 steps of Adam apart
+    models[True].load_state_dict(models[False].state_dict())
+    with torch.inference_mode():
+        assert (plain - models[True].model.reconstruct(images)).abs().max() < 1e-5
+    assert engine.export(models[True], "onnx", export_root=tmp_path).is_file()
+
+
+def test_without_a_compiler_all_goes_on_with_a_warning(demo: TextureDemo, tmp_path: Path, monkeypatch, caplog) -> None:
+    def no_compiler(_: object) -> object:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one.")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    model = tiny_intra(compile_blocks=True)
+    with caplog.at_level("WARNING"):
+        tiny_engine(tmp_path, max_epochs=1).fit(model, datamodule=demo)
+    said = "torch.compile does not work here (RuntimeError: Failed to find C compiler.): going on without it."
+    assert said in caplog.messages
+    assert model.is_calibrated
+    assert model.model.blocks[1]._compiled_call_impl is None
+
+
 _LARGE = """
 import torch
+from anomalib_intra.compiler import why_not_compiled
 from anomalib_intra.machine import peak_memory_mib
 from anomalib_intra.torch_model import InpaintingTransformer
 model = InpaintingTransformer((512, 512)).eval()

@@ -4,6 +4,7 @@
 import itertools
 import math
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_intra import draws as draws_module
-from anomalib_intra.draws import DrawLoader, Prepared
+from anomalib_intra.draws import DrawLoader, Prepared, as_bytes, as_fractions
 from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
 from .reference import reference_origin
@@ -212,7 +213,7 @@ def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0
 
 
 def numbers_of(step, dataset):
-    return (step.image[step.index, 0, 0, 0] * dataset.count).round().int().tolist()
+    return (as_fractions(step.image[step.index, 0, 0, 0]) * dataset.count).round().int().tolist()
 
 
 def draws_of(loader, dataset):
@@ -224,7 +225,7 @@ def draws_of(loader, dataset):
 def pool_images(request, monkeypatch):
     """How many images of 4 x 4 patches the pool has room for."""
     if request.param is not None:
-        monkeypatch.setattr(draws_module, "POOL_BYTES", request.param * 3 * (4 * K) ** 2 * 4)
+        monkeypatch.setattr(draws_module, "POOL_BYTES", request.param * 3 * (4 * K) ** 2)
     return request.param
 
 
@@ -253,9 +254,20 @@ def test_every_image_is_read_exactly_once_in_an_epoch():
         assert dataset.reads == dict.fromkeys(range(7), epoch)
 
 
+def test_images_are_kept_as_bytes_and_cut_as_what_they_stand_for():
+    images = torch.rand(3, 3, 4 * K, 4 * K, generator=torch.Generator().manual_seed(0))
+    (step,) = loader_of(images, windows_per_image=4, batch_size=12, read_at_once=3)
+    assert step.image.dtype == torch.uint8
+    order = [int((as_fractions(step.image[n]) - images).abs().sum(dim=(1, 2, 3)).argmin()) for n in range(3)]
+    exact = cut_training_windows(replace(step, image=images[order]), K, 3)
+    assert (cut_training_windows(step, K, 3) - exact).abs().max() <= 1 / 510 + 1e-7
+    bytes_of_files = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(as_bytes(as_fractions(bytes_of_files)), bytes_of_files)  # those lose nothing
+
+
 @pytest.mark.parametrize(("pool", "reads"), [(7, 1), (6, 3)], ids=["fit into the pool", "do not"])
 def test_images_that_never_change_are_read_once_where_they_fit(pool, reads, monkeypatch):
-    monkeypatch.setattr(draws_module, "POOL_BYTES", pool * 3 * (4 * K) ** 2 * 4)
+    monkeypatch.setattr(draws_module, "POOL_BYTES", pool * 3 * (4 * K) ** 2)
     dataset = CountingImages(7)
     loader = loader_of(dataset, read_at_once=1, same_every_epoch=True)
     epochs = []
@@ -313,4 +325,4 @@ def test_batches_go_through_prepare():
     loader.prepare = lambda batch: Prepared(1 - batch, [""] * len(batch))
     for step in loader:
         for image in step.image:
-            assert (1 - image[0, 0, 0].item()) * 4 in (0, 1, 2, 3)
+            assert image[0, 0, 0].item() in (255, 191, 128, 64)  # 1 - n / 4

@@ -26,6 +26,7 @@ from rich.progress import track
 from anomalib_intra.batch import InTraBatch, is_normal
 from anomalib_intra.checkpoints import BestCheckpoint, LastCheckpoint
 from anomalib_intra.command_line import as_commanded
+from anomalib_intra.compiler import why_not_compiled
 from anomalib_intra.drawn_module import DrawnModule
 from anomalib_intra.draws import DrawLoader
 from anomalib_intra.flat_check import FlatCheck
@@ -89,6 +90,8 @@ class InTra(DrawnModule):
         centred_windows (bool): Train on the windows of inference, in which the hidden patch is as central as possible
             (eq. 13-15), not on any window with any patch hidden, as the paper does. A small model learns more in a
             given time so, since it need not learn what it is never asked for.
+        compile_blocks (bool): Have torch.compile fuse what the transformer's blocks compute. Compiling takes a minute;
+            what it gains is in docs/performance.md. Where it does not work, a warning says why, and all goes on without.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
         post_processor (PostProcessor | bool): True or an :class:`InTraPostProcessor`.
         evaluator (Evaluator | bool): True gives anomalib's default metrics.
@@ -131,6 +134,7 @@ class InTra(DrawnModule):
         patience: int = 50,
         augment: bool = True,
         centred_windows: bool = False,
+        compile_blocks: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -152,6 +156,7 @@ class InTra(DrawnModule):
         self.patience = patience
         self.augment = augment
         self.centred_windows = centred_windows
+        self.compile_blocks = compile_blocks
         self.model = InpaintingTransformer(
             image_size=image_size,
             patch_size=patch_size,
@@ -206,6 +211,21 @@ class InTra(DrawnModule):
         self.model.draw_weights()
 
     # ---- training ----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Compile, where that was asked for and works.
+
+        Args:
+            stage (str): Lightning's name of what begins.
+        """
+        super().setup(stage)
+        if not self.compile_blocks:
+            return
+        reason = why_not_compiled(self.trainer.strategy.root_device)
+        if reason is None:
+            self.model.compile_blocks()
+        else:
+            logger.warning("torch.compile does not work here (%s): going on without it.", reason)
 
     def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader[WindowBatch]:
         """Draw windows with a hidden patch (sec. 4.1).

@@ -159,6 +159,11 @@ class InpaintingTransformer(nn.Module):
         trunc_normal_(self.inpaint_embedding, std=0.02)
         self.apply(_initialise)
 
+    def compile_blocks(self) -> None:
+        """Have torch.compile fuse what the blocks compute; all but the first, which is computed in parts."""
+        for block in self.blocks[1:]:
+            block.compile()
+
     def forward(self, images: torch.Tensor) -> Reconstruction:
         """Reconstruct images and hand them on with their originals.
 

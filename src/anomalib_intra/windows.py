@@ -7,6 +7,7 @@ import torch
 from einops import rearrange
 from kornia.geometry.transform import hflip, vflip
 
+from anomalib_intra.draws import as_fractions
 from anomalib_intra.grid import centred_origin, patchify
 
 
@@ -15,7 +16,7 @@ class WindowBatch:
     """The windows of one training step, still uncut.
 
     Args:
-        image (torch.Tensor): The images they come from, in [0, 1], shape ``(P, 3, H, W)``.
+        image (torch.Tensor): The images they come from, as bytes or in [0, 1], shape ``(P, 3, H, W)``.
         index (torch.Tensor): Which image, shape ``(B,)``.
         r (torch.Tensor): Row of the window's upper left patch, 1-based, shape ``(B,)``.
         s (torch.Tensor): Its column, 1-based, shape ``(B,)``.
@@ -64,7 +65,7 @@ def draw_windows(
     the half turn), since a quarter turn would leave their grid.
 
     Args:
-        images (torch.Tensor): Images in [0, 1], shape ``(P, 3, H, W)``.
+        images (torch.Tensor): Images, as bytes or in [0, 1], shape ``(P, 3, H, W)``.
         windows_per_image (int): Windows drawn from each image.
         patch_size (int): Side length K of a patch in pixels.
         window_size (int): Side length L of a window in patches.
@@ -136,7 +137,7 @@ def cut_training_windows(batch: WindowBatch, patch_size: int, window_size: int) 
     y = rearrange((r - 1) * patch_size, "b -> b 1 1") + rearrange(pixel, "k -> 1 k 1")
     x = rearrange((s - 1) * patch_size, "b -> b 1 1") + rearrange(pixel, "k -> 1 1 k")
     pixels = batch.image[rearrange(batch.index, "b -> b 1 1"), :, y, x]
-    windows = rearrange(pixels, "b h w c -> b c h w")
+    windows = rearrange(as_fractions(pixels), "b h w c -> b c h w")
 
     def where(choice: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
         return torch.where(rearrange(choice, "b -> b 1 1 1"), changed, windows)

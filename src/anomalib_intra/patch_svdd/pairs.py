@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
+from anomalib_intra.draws import as_fractions
+
 #: Side lengths K of the patches of both levels in pixels.
 SMALL_PATCH, BIG_PATCH = 32, 64
 
@@ -52,7 +54,7 @@ class PairBatch:
     """The patch pairs of one training step, still uncut.
 
     Args:
-        image (torch.Tensor): The images they come from, in [0, 1], shape ``(P, 3, H, W)``.
+        image (torch.Tensor): The images they come from, as bytes or in [0, 1], shape ``(P, 3, H, W)``.
         index (torch.Tensor): Which image, shape ``(B,)``.
         small_position (torch.Tensor): Upper left pixel (y, x) of the position task's first small patch, 0-based, shape
             ``(B, 2)``.
@@ -194,7 +196,7 @@ def cut_pairs(batch: PairBatch, mean_image: torch.Tensor, noise: float = NOISE) 
         y = rearrange(position[:, 0], "b -> b 1 1") + rearrange(pixel, "k -> 1 k 1")
         x = rearrange(position[:, 1], "b -> b 1 1") + rearrange(pixel, "k -> 1 1 k")
         # The mean is cut at the same place, since subtracting it from all images would cost more than the cutting.
-        pixels = batch.image[rearrange(batch.index, "b -> b 1 1"), :, y, x]
+        pixels = as_fractions(batch.image[rearrange(batch.index, "b -> b 1 1"), :, y, x])
         patches = pixels - rearrange(mean_image, "c h w -> h w c")[y, x]
         if noise:
             patches = patches + noise * (torch.randn_like(patches[:, :1, :1]) + torch.randn_like(patches))
