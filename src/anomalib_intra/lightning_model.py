@@ -91,7 +91,7 @@ class InTra(DrawnModule):
             (eq. 13-15), not on any window with any patch hidden, as the paper does. A small model learns more in a
             given time so, since it need not learn what it is never asked for.
         compile_blocks (bool): Have torch.compile fuse what the transformer's blocks compute. Compiling takes a minute;
-            what it gains is in docs/performance.md. Where it does not work, a warning says why, and all goes on without.
+            what it gains is in docs/performance.md. Where it does not work, a warning says why and it is left out.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
         post_processor (PostProcessor | bool): True or an :class:`InTraPostProcessor`.
         evaluator (Evaluator | bool): True gives anomalib's default metrics.

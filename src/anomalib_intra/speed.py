@@ -41,7 +41,7 @@ def speed(
     of every window computed alone, so that work which is shared between windows counts as done.
 
     Args:
-        model (dict | None): Arguments of :class:`InTra`; the paper's model without any.
+        model (dict | None): Arguments of :class:`InTra`, ``compile_blocks`` among them; the paper's model without any.
         image_sizes (Sequence[int]): Sides of square images in pixels.
         batch_sizes (Sequence[int]): Images reconstructed at once.
         training_steps (int): Training steps that are timed, after one that is not.
@@ -131,7 +131,10 @@ def _row(
 
 
 def _intra(arguments: dict[str, Any], size: int, device: torch.device) -> InTra:
-    return InTra(**{**arguments, "image_size": (size, size)}, visualizer=False).to(device).eval()
+    intra = InTra(**{**arguments, "image_size": (size, size)}, visualizer=False).to(device).eval()
+    if intra.compile_blocks:
+        intra.model.compile_blocks()
+    return intra
 
 
 def _flops_of_a_window(model: InpaintingTransformer) -> int:
