@@ -60,7 +60,7 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     category = config.stem if config.parent.stem == "mvtec" else "bottle"
     assert cli.datamodule.category == category
     assert cli.model.image_size == (SIZES[category],) * 2
-    assert cli.model.post_processor.original_size == (config.stem != "bottle_cpu")
+    assert cli.model.post_processor.original_size == (config.stem != "compact")
 
 
 def test_patch_svdd_config_holds_the_defaults(tmp_path: Path) -> None:

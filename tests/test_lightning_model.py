@@ -19,7 +19,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
-from anomalib_intra import InTra, TextureDemo
+from anomalib_intra import InTra, InTraPostProcessor, TextureDemo
 
 from .conftest import tiny_engine, tiny_intra
 
@@ -149,9 +149,23 @@ def test_best_weights_are_tested_and_calibrated(demo: TextureDemo, tmp_path: Pat
         image = model.pre_processor(read_image(path, as_tensor=True)[None])
         maps.append(model.post_processor.difference_map(image, model.model.reconstruct(image)))
     expected = torch.cat(maps).mean(dim=0, keepdim=True)
+    std = torch.cat(maps).std(dim=0, correction=0, keepdim=True)
     assert len(maps) == 54
+    torch.testing.assert_close(model.post_processor.training_std, std, atol=1e-5, rtol=1e-3)
     torch.testing.assert_close(model.post_processor.training_mean, expected, atol=1e-6, rtol=0)
     torch.testing.assert_close(stored["state_dict"]["post_processor.training_mean"], expected, atol=1e-6, rtol=0)
+
+
+def test_options_of_the_map_come_back_with_a_checkpoint(demo: TextureDemo, tmp_path: Path) -> None:
+    options = {"colour_weight": 0.25, "deviation": "scaled"}
+    model = tiny_intra(post_processor=InTraPostProcessor(**options))
+    engine = tiny_engine(tmp_path, max_epochs=1)
+    engine.fit(model, datamodule=demo)
+    image = read_image(demo.train_data.samples.image_path[0], as_tensor=True)[None]
+    loaded = InTra.load_from_checkpoint(engine.best_model_path)
+    assert (loaded.post_processor.colour_weight, loaded.post_processor.deviation) == (0.25, "scaled")
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(image).anomaly_map, model.eval()(image).anomaly_map)
 
 
 def test_patience_stops_training(demo: TextureDemo, tmp_path: Path) -> None:

@@ -96,6 +96,42 @@ def test_kernels_scale_with_the_image(size: int, half: int, quarter: int) -> Non
     assert (_scaled_kernel(21, size), _scaled_kernel(11, size)) == (half, quarter)
 
 
+def test_colour_term_sees_what_the_gradient_term_does_not() -> None:
+    image = torch.full((1, 3, 64, 64), 0.5)
+    other = image.clone()
+    other[:, 0] += 0.25  # redder everywhere: no gradient changes
+    assert InTraPostProcessor.difference_map(image, other).max() < 1e-6
+    coloured = InTraPostProcessor.difference_map(image, other, colour_weight=0.4)
+    torch.testing.assert_close(coloured, torch.full_like(coloured, 0.4 * 0.25 / 3))
+    rng = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 1, 3, 64, 64, generator=rng)
+    plain, both, colour = (InTraPostProcessor.difference_map(*images, weight) for weight in (0.0, 0.3, 1.0))
+    torch.testing.assert_close(both, 0.7 * plain + 0.3 * colour)
+
+
+def test_deviations_other_than_the_papers() -> None:
+    rng = torch.Generator().manual_seed(0)
+    images, reconstructions = torch.rand(2, 3, 3, 32, 48, generator=rng)
+    mean, std = torch.rand(2, 1, 1, 32, 48, generator=rng) / 2
+    maps = {}
+    for deviation in ("squared", "positive", "scaled"):
+        post_processor = InTraPostProcessor(enable_normalization=False, deviation=deviation)
+        post_processor.set_training_mean(mean, std)
+        maps[deviation] = post_processor.raw_anomaly_map(images, reconstructions)
+    less = post_processor.difference_map(images, reconstructions) < mean
+    assert less.any()
+    assert (~less).any()
+    assert torch.equal(maps["positive"], torch.where(less, 0, maps["squared"]))
+    expected = maps["squared"] * (2 * std.mean() / (std + std.mean())) ** 2
+    torch.testing.assert_close(maps["scaled"], expected)
+
+
+@pytest.mark.parametrize("wrong", [{"colour_weight": 1.5}, {"colour_weight": -0.1}, {"deviation": "signed"}])
+def test_options_have_their_values(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        InTraPostProcessor(**wrong)
+
+
 def test_anomaly_map_and_score_are_equations_17_and_18() -> None:
     torch.manual_seed(0)
     images, reconstructions = torch.rand(2, 3, 3, 32, 48)

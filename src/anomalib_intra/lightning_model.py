@@ -349,15 +349,16 @@ class InTra(DrawnModule):
         Args:
             images (NormalImages): The loaders of the run.
         """
-        total, count = torch.zeros(1, 1, *self.image_size, device=self.device), 0
+        total, count = torch.zeros(2, 1, *self.image_size, device=self.device), 0
         for batch in track(images.statistics, "Training mean (eq. 17)"):
             batch = self._reconstructed(batch)
             normal = is_normal(batch)
             image, reconstruction = (torch.as_tensor(x)[normal] for x in (batch.image, batch.reconstruction))
-            maps = self.post_processor.difference_map(image, reconstruction)
-            total += maps.sum(dim=0, keepdim=True)
+            maps = self.post_processor.difference_map(image, reconstruction, self.post_processor.colour_weight)
+            total += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)])
             count += len(maps)
-        self.post_processor.set_training_mean(self.mean_of_all(total, count))
+        mean, mean_square = self.mean_of_all(total, count)[:, None]
+        self.post_processor.set_training_mean(mean, (mean_square - mean**2).clamp(min=0).sqrt())
         for batch in track(images.thresholds, "Thresholds"):
             self.post_processor.observe(self._reconstructed(batch))
         self.post_processor.set_thresholds()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From image and reconstruction to anomaly map, score and decision (sec. 3.5, eq. 16-18)."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from anomalib.data import InferenceBatch
@@ -14,13 +14,15 @@ from torch.nn.functional import interpolate
 
 from anomalib_intra.batch import InTraBatch
 from anomalib_intra.image_files import mask_files
-from anomalib_intra.similarity import gms_difference
+from anomalib_intra.similarity import colour_difference, gms_difference
 from anomalib_intra.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.torch_model import Reconstruction
 
 #: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
 _KERNELS_AT_512 = (21, 11)
 _SIGMA = (2.0, 2.0)
+_DEVIATIONS = ("squared", "positive", "scaled")
+_SMALLEST_STD = 1e-12
 
 
 class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
@@ -42,6 +44,16 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         pixel_quantile (float): Share of their pixels at or below the pixel threshold.
         original_size (bool): Resize anomaly maps to the size of the image files before taking the maximum, and compare
             them with the masks at that size, as the paper does; False works at the model's size.
+        colour_weight (float): Weight in [0, 1] of a colour term in the difference map, beside the gradient term of
+            eq. 16, which does not see a colour that changes evenly. 0 is the paper's map.
+        deviation (str): ``"squared"`` deviation from the training mean (eq. 17); ``"positive"`` counts only what
+            differs more than in the training images; ``"scaled"`` divides it by the standard deviation over the
+            training images, drawn half way towards its mean over all pixels.
+
+    Raises:
+        ValueError: If ``colour_weight`` or ``deviation`` has no such value.
+
+    ``colour_weight`` and ``deviation`` are not in the paper; docs/results.md has what they gain and lose.
 
     Example:
         >>> post_processor = InTraPostProcessor()
@@ -52,6 +64,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     """
 
     training_mean: torch.Tensor
+    training_std: torch.Tensor
     raw_display_scale = 50.0  # as in the paper's Figure 4
 
     def __init__(
@@ -63,7 +76,13 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         image_quantile: float = 0.99,
         pixel_quantile: float = 0.999,
         original_size: bool = False,
+        colour_weight: float = 0.0,
+        deviation: Literal["squared", "positive", "scaled"] = "squared",
     ) -> None:
+        if not 0 <= colour_weight <= 1:
+            raise ValueError(f"colour_weight must be in [0, 1], got {colour_weight}.")
+        if deviation not in _DEVIATIONS:
+            raise ValueError(f"deviation must be one of {', '.join(map(repr, _DEVIATIONS))}, got {deviation!r}.")
         super().__init__(
             enable_normalization=enable_normalization,
             enable_thresholding=enable_thresholding,
@@ -73,11 +92,14 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             pixel_quantile=pixel_quantile,
         )
         self.original_size = original_size
+        self.colour_weight = colour_weight
+        self.deviation = deviation
         self.register_buffer("training_mean", torch.empty(0))
+        self.register_buffer("training_std", torch.empty(0))
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "original_size")
+        return (*super()._checkpoint_config_keys, "original_size", "colour_weight", "deviation")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
         """Restore settings; ``original_size=True`` asked for now outlives a checkpoint made without it.
@@ -92,12 +114,13 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     # ---- eq. 16 to 18 ------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def difference_map(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    def difference_map(images: torch.Tensor, reconstructions: torch.Tensor, colour_weight: float = 0.0) -> torch.Tensor:
         """Gradient magnitude difference at half and quarter scale, smoothed, mean of both (eq. 16).
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
             reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
+            colour_weight (float): Weight of a colour difference beside it; 0 is the paper's map.
 
         Returns:
             torch.Tensor: Difference maps in [0, 1], shape ``(B, 1, H, W)``.
@@ -114,19 +137,22 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 # Each scale halves the one before: at once to a quarter, bilinear resizing reads 4 of 16 pixels.
                 x, y = _halve(x), _halve(y)
                 kernel = _scaled_kernel(kernel_at_512, min(size))
-                smooth = gaussian_blur2d(box_blur(gms_difference(x, y), kernel), kernel, _SIGMA)
+                difference = gms_difference(x, y)
+                if colour_weight:
+                    difference = torch.lerp(difference, colour_difference(x, y.clamp(0, 1)), colour_weight)
+                smooth = gaussian_blur2d(box_blur(difference, kernel), kernel, _SIGMA)
                 maps.append(interpolate(smooth, size=size, mode="bilinear", align_corners=False))
         return torch.stack(maps).mean(dim=0)
 
     def raw_anomaly_map(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Squared deviation of the difference map from the training mean (eq. 17).
+        """Squared deviation of the difference map from the training mean (eq. 17), or another ``deviation``.
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
             reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
 
         Returns:
-            torch.Tensor: Raw anomaly maps in [0, 1], shape ``(B, 1, H, W)``.
+            torch.Tensor: Raw anomaly maps, shape ``(B, 1, H, W)``; in [0, 1] but for ``deviation="scaled"``.
 
         Raises:
             RuntimeError: If the training mean was never computed.
@@ -139,14 +165,21 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 "and this checkpoint; that computes the mean from the training images."
             )
             raise RuntimeError(msg)
-        difference = self.difference_map(images, reconstructions)
+        difference = self.difference_map(images, reconstructions, self.colour_weight)
         if difference.shape[-2:] != self.training_mean.shape[-2:]:
             msg = (
                 f"Images of {difference.shape[-2]} x {difference.shape[-1]} pixels cannot be compared with a training "
                 f"mean of {self.training_mean.shape[-2]} x {self.training_mean.shape[-1]}: resize the images to that."
             )
             raise ValueError(msg)
-        return (difference - self.training_mean) ** 2
+        deviation = difference - self.training_mean
+        if self.deviation == "positive":
+            deviation = deviation.clamp(min=0)
+        elif self.deviation == "scaled":
+            # Without the mean, a pixel at which all training images happen to be alike would decide everything.
+            usual = self.training_std.mean()
+            deviation = deviation * 2 * usual / (self.training_std + usual + _SMALLEST_STD)
+        return deviation**2
 
     @staticmethod
     def score(anomaly_maps: torch.Tensor) -> torch.Tensor:
@@ -171,17 +204,22 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Whether the training mean is there."""
         return self.training_mean.numel() > 0
 
-    def set_training_mean(self, mean: torch.Tensor) -> None:
+    def set_training_mean(self, mean: torch.Tensor, std: torch.Tensor | None = None) -> None:
         """Store the mean difference map of the training images (eq. 17).
 
         Args:
             mean (torch.Tensor): Mean of :meth:`difference_map` over the training images, shape ``(1, 1, H, W)``.
+            std (torch.Tensor | None): Its standard deviation, for ``deviation="scaled"``. Defaults to the same
+                everywhere.
         """
         self.training_mean = mean.detach().clone().to(self._image_threshold)
+        std = torch.ones_like(mean) if std is None else std
+        self.training_std = std.detach().clone().to(self._image_threshold)
 
     def reset(self) -> None:
         """Forget training mean and thresholds: they belong to weights that are about to change."""
         self.training_mean = torch.empty(0, device=self._image_threshold.device)
+        self.training_std = torch.empty(0, device=self._image_threshold.device)
         super().reset()
 
     def observe(self, batch: InTraBatch) -> None:

@@ -39,6 +39,23 @@ def gradient_magnitude(images: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(horizontal**2 + vertical**2 + _EPSILON)
 
 
+def colour_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    """Absolute difference, mean over channels; not in the paper.
+
+    Args:
+        images (torch.Tensor): Images in [0, 1], shape ``(B, C, H, W)``.
+        reconstructions (torch.Tensor): Reconstructions, shape ``(B, C, H, W)``.
+
+    Returns:
+        torch.Tensor: Differences, in [0, 1] where the reconstructions are, shape ``(B, 1, H, W)``.
+
+    Example:
+        >>> colour_difference(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).unique()
+        tensor([1.])
+    """
+    return (_wide(images) - _wide(reconstructions)).abs().mean(dim=1, keepdim=True)
+
+
 def gms_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
     """Difference map d_g: one minus the gradient magnitude similarity, mean over channels (eq. 11).
 

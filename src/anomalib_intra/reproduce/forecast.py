@@ -2,6 +2,7 @@
 """How long a training will take, from the speed of a few steps on this machine."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -12,8 +13,8 @@ import torch
 from anomalib_intra.fit import Fit
 from anomalib_intra.speed import time_training
 
-#: Steps that are timed, after one that is not.
-_STEPS = 3
+#: Seconds for which training steps are timed, about.
+_SECONDS = 5.0
 
 
 def forecast(fit: Fit, epochs: int) -> float:
@@ -34,7 +35,10 @@ def forecast(fit: Fit, epochs: int) -> float:
     autocast: Callable[[], Any] = nullcontext
     if trainer.get("precision") == "bf16-mixed":
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
-    windows, seconds = time_training(copy.deepcopy(fit.model).to(device), _STEPS, device, autocast)
+    model = copy.deepcopy(fit.model).to(device)
+    windows, seconds = time_training(model, 1, device, autocast)
+    if seconds < _SECONDS:
+        windows, seconds = time_training(model, math.ceil(_SECONDS / seconds), device, autocast)
 
     height, width = fit.model.model.grid
     trained = len(fit.datamodule.train_data) * fit.model.windows_per_image
