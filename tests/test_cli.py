@@ -63,6 +63,11 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     assert cli.model.post_processor.original_size == (config.stem != "compact")
 
 
+def test_the_schedule_of_the_compact_preset_ends_with_its_training() -> None:
+    settings = yaml.safe_load((CONFIGS / "compact.yaml").read_text())
+    assert settings["lr_scheduler"]["init_args"]["total_steps"] == settings["trainer"]["max_epochs"]
+
+
 def test_patch_svdd_config_holds_the_defaults(tmp_path: Path) -> None:
     arguments = ["train", "--config", str(CONFIGS / "patch_svdd.yaml"), "--default_root_dir", str(tmp_path)]
     cli = AnomalibCLI(arguments, run=False)
