@@ -5,7 +5,7 @@ InTra: Inpainting Transformer for Anomaly Detection, Pirnay and Chai, https://ar
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeGuard
@@ -237,17 +237,10 @@ class InTra(DrawnModule):
         Returns:
             DrawLoader: Loader of :class:`WindowBatch`.
         """
-        draw = partial(
-            draw_windows,
-            patch_size=self.patch_size,
-            window_size=self.window_size,
-            augment=self.augment,
-            centred=self.centred_windows,
-        )
         return DrawLoader(
             images.training,
             self.prepare,
-            draw,
+            self.draw_windows,
             self.windows_per_image,
             self.window_batch_size,
             self.image_size,
@@ -255,6 +248,17 @@ class InTra(DrawnModule):
             images.same_every_epoch,
             self.trainer.global_rank,
             self.trainer.world_size,
+        )
+
+    @property
+    def draw_windows(self) -> Callable[..., WindowBatch]:
+        """How this model's training windows are drawn: :func:`~anomalib_intra.windows.draw_windows` with its sizes."""
+        return partial(
+            draw_windows,
+            patch_size=self.patch_size,
+            window_size=self.window_size,
+            augment=self.augment,
+            centred=self.centred_windows,
         )
 
     @property

@@ -18,7 +18,6 @@ from anomalib_intra.draws import DrawLoader, Prepared
 from anomalib_intra.lightning_model import InTra
 from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib
 from anomalib_intra.torch_model import InpaintingTransformer
-from anomalib_intra.windows import draw_windows
 
 #: Seconds for which each matrix product is repeated; the best repetition counts.
 _SECONDS_OF_A_PRODUCT = 1.0
@@ -180,12 +179,11 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
     """
     random: Any = torch.rand(_TRAINING_IMAGES, 3, *intra.image_size)  # as good as a Dataset
     images = DataLoader(random, generator=torch.Generator())
-    draw = partial(draw_windows, patch_size=intra.patch_size, window_size=intra.window_size, augment=intra.augment)
     per_image = -(-(steps + 1) * intra.window_batch_size // _TRAINING_IMAGES)
     loader = DrawLoader(
         images,
         lambda x: Prepared(x.to(device), ["random"] * len(x)),
-        draw,
+        intra.draw_windows,
         per_image,
         intra.window_batch_size,
         intra.image_size,

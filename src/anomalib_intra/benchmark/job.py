@@ -18,6 +18,7 @@ from rich import print as rich_print
 from rich.markup import escape
 
 from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class, parse
+from anomalib_intra.whole_file import write_whole
 
 _KEYS = {"seed", "model", "data", "image_size"}
 
@@ -111,8 +112,7 @@ class BenchmarkRun(Job):
         pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
         head = {"model": self.model, "category": self.category, "seed": self.seed, "pretrained": pretrained}
         text = json.dumps({"config": self.config, "row": {**head, **measured, "error": error}}, indent=1)
-        (self.folder / "row.tmp").write_text(text)
-        (self.folder / "row.tmp").replace(self.folder / "row.json")
+        write_whole(self.folder / "row.json", text)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> DataFrame:

@@ -133,12 +133,12 @@ def _costs(rows: DataFrame) -> DataFrame:
     return costs.rename(columns=_COSTS)
 
 
-def markdown(table: DataFrame, digits: int) -> str:
+def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
     """Write a table of numbers in Markdown.
 
     Args:
         table (DataFrame): Numbers, NaN where there is none.
-        digits (int): Digits after the point.
+        digits (int | Sequence[int]): Digits after the point, of all columns or of each.
 
     Returns:
         str: The table.
@@ -150,5 +150,8 @@ def markdown(table: DataFrame, digits: int) -> str:
         | x  | 1.2 |
         | y  |   - |
     """
-    texts = table.map(lambda value: "-" if value != value else f"{value:.{digits}f}")
+    each = [digits] * len(table.columns) if isinstance(digits, int) else digits
+    texts = table.astype(object)
+    for column, number in zip(table.columns, each, strict=True):
+        texts[column] = ["-" if value != value else f"{value:.{number}f}" for value in table[column]]
     return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])

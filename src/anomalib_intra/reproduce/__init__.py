@@ -17,6 +17,7 @@ from anomalib_intra.loss_curve import LossCurve, read_curve
 from anomalib_intra.reproduce.forecast import forecast
 from anomalib_intra.reproduce.page import write_page
 from anomalib_intra.reproduce.slices import Slice, read_slices
+from anomalib_intra.whole_file import write_whole
 from anomalib_intra.yardsticks import yardsticks
 
 __all__ = ["reproduce"]
@@ -65,8 +66,7 @@ def reproduce(
     fit.datamodule.setup()
 
     epochs = epochs or max(fit.settings.get("trainer", {}).get("max_epochs") or 0, 0) or _EPOCHS
-    slices = read_slices(folder / "slices.json")
-    done = slices[-1]["epochs"] if slices else 0
+    done = len(read_curve(folder / "losses.csv"))
     if (folder / "result.json").is_file() and json.loads((folder / "result.json").read_text())["ended_by_itself"]:
         epochs = done
     left = timedelta(seconds=round(forecast(fit, max(0, epochs - done))))
@@ -114,7 +114,7 @@ def reproduce(
         "yardsticks": compared.rename(columns={"PSNR": "good_PSNR"}).to_dict(orient="index"),
         "test": str(Path(testing.trainer.default_root_dir)),
     }
-    (folder / "result.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    write_whole(folder / "result.json", json.dumps(result, indent=2))
     write_page(result, fit.model.losses, folder)
     return result
 

@@ -11,6 +11,7 @@ import yaml
 from pandas import DataFrame
 
 from anomalib_intra.benchmark.published import published
+from anomalib_intra.benchmark.report import markdown
 from anomalib_intra.report.plots import training_curves
 
 _COLUMNS = {
@@ -40,7 +41,7 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 
 {_extent(result)}
 
-{_markdown(figures(result))}
+{markdown(figures(result), digits=[3, 3, 3, 1])}
 
 - {result["parameters"] / 1e6:.2f} million parameters, seed {result["settings"]["seed_everything"]}, precision \
 {result["settings"]["trainer"].get("precision") or "32-true"}.
@@ -75,11 +76,6 @@ def figures(result: dict[str, Any]) -> DataFrame:
         rows["the paper"] = {metric: column[result["category"]] / 100 for metric, column in paper.items()}
     table = DataFrame.from_dict(rows, orient="index").reindex(columns=list(_COLUMNS))
     return table.astype(float).rename(columns=_COLUMNS)
-
-
-def _markdown(table: DataFrame) -> str:
-    known = table.astype(object).where(table.notna(), None)
-    return known.to_markdown(floatfmt=("", ".3f", ".3f", ".3f", ".1f"), missingval="-")
 
 
 def _extent(result: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_intra.machine import device_name
+from anomalib_intra.whole_file import write_whole
 
 
 def read_slices(path: Path) -> list[dict[str, Any]]:
@@ -74,6 +75,4 @@ class Slice(Callback):
             return
         seconds = time.monotonic() - self._started
         now = {"device": device_name(pl_module.device), "seconds": round(seconds, 1), "epochs": self._epochs}
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text(json.dumps([*self._before, now], indent=2), encoding="utf-8")
-        draft.replace(self.path)
+        write_whole(self.path, json.dumps([*self._before, now], indent=2))
