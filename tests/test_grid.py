@@ -14,6 +14,7 @@ from anomalib_intra.grid import (
     f_local,
     patchify,
     unpatchify,
+    windows_of_inference,
 )
 
 GRIDS = [(1, 1), (3, 3), (4, 4), (7, 7), (3, 5), (5, 3), (2, 9), (8, 4)]
@@ -78,6 +79,30 @@ def test_centred_window_lies_in_the_grid_holds_the_patch_and_is_as_central_as_po
             # No other window of the grid has the patch nearer to its middle, place L // 2 from its beginning.
             distances = [abs(c - other - window_size // 2) for other in range(1, length - window_size + 2)]
             assert abs(c - origin - window_size // 2) == min(distances)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+@pytest.mark.parametrize(("rows", "columns", "window_size"), GRIDS_AND_WINDOWS)
+def test_windows_of_inference_are_those_of_eq_13_to_15_and_around(rows, columns, window_size, shift):
+    def origin(c, length, by):
+        g = max(1, c - window_size // 2)
+        centred = g - max(0, g + window_size - length - 1)
+        step = 1 if by > 0 else -1
+        for _ in range(abs(by)):  # as far as the patch stays in the window and the window in the image
+            other = centred + step
+            if 1 <= other <= length - window_size + 1 and other <= c < other + window_size:
+                centred = other
+        return centred
+
+    expected = [
+        (origin(t, rows, i), origin(u, columns, j), t, u)
+        for i in range(-shift, shift + 1)
+        for j in range(-shift, shift + 1)
+        for t in range(1, rows + 1)
+        for u in range(1, columns + 1)
+    ]
+    got = windows_of_inference(rows, columns, window_size, shift)
+    assert list(zip(*(x.tolist() for x in got), strict=True)) == expected
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(2, 2), (2, 4), (3, 1)])

@@ -106,6 +106,31 @@ def test_reconstruct_equals_the_reference_patch_by_patch(size, window_size, opti
         np.testing.assert_allclose(got_single[b], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("position", ["global", "local"])
+def test_window_shift_reconstructs_the_mean_over_the_windows_around(position):
+    rows, columns, L = 4, 5, 3
+    model = build(window_size=L, position=position, window_shift=1)
+    image = rand(1, 3, rows * K, columns * K, seed=2)
+    patches = reference_patches(image[0].numpy(), K)
+    expected = np.zeros((rows, columns, 3 * K**2))
+    for t, u in np.ndindex(rows, columns):
+        for i, j in np.ndindex(3, 3):
+            # The central window, moved by -1, 0 or 1 as far as the border and, for patches at the border, they allow.
+            r, s = (
+                min(max(min(max(c - 1, 1), length - L + 1) + by - 1, 1, c - L + 1), length - L + 1, c)
+                for c, length, by in ((t + 1, rows, i), (u + 1, columns, j))
+            )
+            expected[t, u] += reference_inpaint(model, patches, r, s, t + 1, u + 1, "mfsa", position, "mean", True) / 9
+    got = reference_patches(model.reconstruct(image)[0].detach().numpy(), K)
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("shift", [-1, 2])
+def test_window_shifts_that_lose_the_patch_are_refused(shift):
+    with pytest.raises(ValueError, match=r"window_shift must be in 0 \.\. 1 for windows of 3"):
+        build(window_size=3, window_shift=shift)
+
+
 # ---- the hidden patch ------------------------------------------------------------------------------------------------
 
 

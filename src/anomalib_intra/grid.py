@@ -104,6 +104,42 @@ def centred_origin(c: torch.Tensor, length: int, window_size: int) -> torch.Tens
     return g - (g + window_size - length - 1).clamp(min=0)
 
 
+def windows_of_inference(
+    rows: int, columns: int, window_size: int, shift: int = 0, device: torch.device | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """List the windows from which a whole image is inpainted: one for each patch (sec. 3.5), or with a shift more.
+
+    Args:
+        rows (int): Number N of patch rows in the image.
+        columns (int): Number M of patch columns.
+        window_size (int): Side length L of a window in patches.
+        shift (int): Take the window of eq. 13-15 also moved by up to this many patches up, down and sideways, as far as
+            border and patch allow.
+        device (torch.device | None): Where the result is wanted.
+
+    Returns:
+        tuple: Rows r and columns s of the windows' upper left patches, rows t and columns u of their hidden patches,
+        all 1-based and of shape ``((2 * shift + 1) ** 2 * N * M,)``: for each move, the patches row by row.
+
+    Example:
+        >>> r, s, t, u = windows_of_inference(3, 4, window_size=3)
+        >>> s
+        tensor([1, 1, 2, 2, 1, 1, 2, 2, 1, 1, 2, 2])
+        >>> len(windows_of_inference(3, 4, window_size=3, shift=1)[0])
+        108
+    """
+    moves = torch.arange(-shift, shift + 1, device=device)
+    t, u = (torch.arange(1, length + 1, device=device) for length in (rows, columns))
+    down, right, t, u = (x.flatten() for x in torch.meshgrid(moves, moves, t, u, indexing="ij"))
+
+    def moved(c: torch.Tensor, length: int, by: torch.Tensor) -> torch.Tensor:
+        origin = centred_origin(c, length, window_size) + by
+        lowest, highest = (c - window_size + 1).clamp(min=1), c.clamp(max=length - window_size + 1)
+        return torch.minimum(torch.maximum(origin, lowest), highest)
+
+    return moved(t, rows, down), moved(u, columns, right), t, u
+
+
 def cut_windows(tokens: torch.Tensor, r: torch.Tensor, s: torch.Tensor, window_size: int) -> torch.Tensor:
     """Cut the windows at (r, s) out of every grid of a batch.
 

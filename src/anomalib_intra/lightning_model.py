@@ -34,7 +34,8 @@ from anomalib_intra.grid import patchify
 from anomalib_intra.loss import InpaintingLoss
 from anomalib_intra.normal_images import NormalImages
 from anomalib_intra.post_processor import InTraPostProcessor
-from anomalib_intra.torch_model import InpaintingTransformer
+from anomalib_intra.second_pass import second_pass
+from anomalib_intra.torch_model import InpaintingTransformer, Reconstruction
 from anomalib_intra.visualizer import InTraVisualizer
 from anomalib_intra.windows import WindowBatch, cut_training_windows, draw_windows
 
@@ -48,6 +49,9 @@ _ARCHITECTURE = (
     "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
     "position", "long_residuals", "readout",
 )  # fmt: skip
+
+# Those that may change after training, for which the training mean and the thresholds must then be computed anew.
+_CALIBRATED_WITH = ("window_shift", "second_pass")
 
 
 class InferenceWithReconstruction(NamedTuple):
@@ -90,6 +94,11 @@ class InTra(DrawnModule):
         centred_windows (bool): Train on the windows of inference, in which the hidden patch is as central as possible
             (eq. 13-15), not on any window with any patch hidden, as the paper does. A small model learns more in a
             given time so, since it need not learn what it is never asked for.
+        window_shift (int): Reconstruct each patch as the mean of what the windows around it give that are centred up to
+            this many patches away, ``(2 * window_shift + 1) ** 2`` of them, in as many times the time. 0 takes the
+            central one alone, as the paper does; more than that asks for a model trained on any window.
+        second_pass (bool): Look twice at images with suspicious patches: the second time, these are covered by their
+            first reconstruction, so that what is around them is not painted from a defect. Not in the paper.
         compile_blocks (bool): Have torch.compile fuse what the transformer's blocks compute. Compiling takes a minute;
             what it gains is in docs/performance.md. Where it does not work, a warning says why and it is left out.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
@@ -134,6 +143,8 @@ class InTra(DrawnModule):
         patience: int = 50,
         augment: bool = True,
         centred_windows: bool = False,
+        window_shift: int = 0,
+        second_pass: bool = False,
         compile_blocks: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
@@ -156,6 +167,7 @@ class InTra(DrawnModule):
         self.patience = patience
         self.augment = augment
         self.centred_windows = centred_windows
+        self.second_pass = second_pass
         self.compile_blocks = compile_blocks
         self.model = InpaintingTransformer(
             image_size=image_size,
@@ -169,6 +181,7 @@ class InTra(DrawnModule):
             position=position,
             long_residuals=long_residuals,
             readout=readout,
+            window_shift=window_shift,
         )
         self.loss = InpaintingLoss(alpha, beta)
         self._flat_check = FlatCheck()
@@ -363,6 +376,12 @@ class InTra(DrawnModule):
             count += len(maps)
         mean, mean_square = self.mean_of_all(total, count)[:, None]
         self.post_processor.set_training_mean(mean, (mean_square - mean**2).clamp(min=0).sqrt())
+        self._set_thresholds(images)
+        if self.second_pass:
+            self.post_processor.suspect_above_pixel_threshold()
+            self._set_thresholds(images)
+
+    def _set_thresholds(self, images: NormalImages) -> None:
         for batch in track(images.thresholds, "Thresholds"):
             self.post_processor.observe(self._reconstructed(batch))
         self.post_processor.set_thresholds()
@@ -399,9 +418,9 @@ class InTra(DrawnModule):
             size; while :meth:`to_onnx` exports it, also the reconstruction.
         """
         del args, kwargs
-        predictions = self.model(self.pre_processor(batch) if self.pre_processor else batch)
+        predictions = self._predict(self.pre_processor(batch) if self.pre_processor else batch)
         scored = self.post_processor(predictions)
-        return InferenceWithReconstruction(*scored, *predictions) if self._exports_reconstruction else scored
+        return InferenceWithReconstruction(*scored, **predictions._asdict()) if self._exports_reconstruction else scored
 
     def to_onnx(
         self,
@@ -452,15 +471,37 @@ class InTra(DrawnModule):
                 "values, or use InTra.load_from_checkpoint, which does."
             )
             raise ValueError(msg)
+        calibrated_with = checkpoint.get("calibrated_with", {})
+        changed = [
+            name for name in _CALIBRATED_WITH if calibrated_with.get(name, self.hparams[name]) != self.hparams[name]
+        ]
+        if changed:
+            logger.warning(
+                "The checkpoint was calibrated with %s: its training mean and thresholds are left out.",
+                ", ".join(f"{name}={calibrated_with[name]!r} (here {self.hparams[name]!r})" for name in changed),
+            )
+            blank = self.configure_post_processor().state_dict(prefix="post_processor.")
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
         super().on_load_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what calibration depends on beside the weights."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["calibrated_with"] = {name: self.hparams[name] for name in _CALIBRATED_WITH}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
     def _as_images(self, patches: torch.Tensor) -> torch.Tensor:
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
 
+    def _predict(self, images: torch.Tensor) -> Reconstruction:
+        predictions: Reconstruction = self.model(images)
+        if not self.second_pass or not self.is_calibrated:  # (in training, or for the training mean, there is one pass)
+            return predictions
+        return second_pass(self.model, predictions, self.post_processor.suspicious(predictions))
+
     def _reconstruct(self, batch: InTraBatch) -> torch.Tensor:
-        return self.model.reconstruct(torch.as_tensor(batch.image))
+        return self._predict(torch.as_tensor(batch.image)).reconstruction
 
     def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
         batch = self.on_device(batch)

@@ -65,6 +65,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
 
     training_mean: torch.Tensor
     training_std: torch.Tensor
+    suspicion_threshold: torch.Tensor
     raw_display_scale = 50.0  # as in the paper's Figure 4
 
     def __init__(
@@ -96,6 +97,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         self.deviation = deviation
         self.register_buffer("training_mean", torch.empty(0))
         self.register_buffer("training_std", torch.empty(0))
+        self.register_buffer("suspicion_threshold", torch.tensor(torch.nan))
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
@@ -181,6 +183,17 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             deviation = deviation * 2 * usual / (self.training_std + usual + _SMALLEST_STD)
         return deviation**2
 
+    def suspicious(self, predictions: Reconstruction) -> torch.Tensor:
+        """Tell where a first reconstruction differs so much that a second pass should not see what is there.
+
+        Args:
+            predictions (Reconstruction): Images and reconstructions, ``(B, 3, H, W)`` each.
+
+        Returns:
+            torch.Tensor: Booleans of shape ``(B, 1, H, W)``, all False before :meth:`suspect_above_pixel_threshold`.
+        """
+        return self.raw_anomaly_map(*predictions) > self.suspicion_threshold
+
     @staticmethod
     def score(anomaly_maps: torch.Tensor) -> torch.Tensor:
         """The maximum of each anomaly map (eq. 18).
@@ -220,7 +233,12 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Forget training mean and thresholds: they belong to weights that are about to change."""
         self.training_mean = torch.empty(0, device=self._image_threshold.device)
         self.training_std = torch.empty(0, device=self._image_threshold.device)
+        self.suspicion_threshold.fill_(torch.nan)
         super().reset()
+
+    def suspect_above_pixel_threshold(self) -> None:
+        """Have :meth:`suspicious` take the present pixel threshold, which belongs to the first of two passes."""
+        self.suspicion_threshold.copy_(self._pixel_threshold)
 
     def observe(self, batch: InTraBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.

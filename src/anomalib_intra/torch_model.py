@@ -5,12 +5,20 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
 from anomalib_intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
-from anomalib_intra.grid import centred_origin, check_image_size, cut_windows, f_global, f_local, patchify, unpatchify
+from anomalib_intra.grid import (
+    check_image_size,
+    cut_windows,
+    f_global,
+    f_local,
+    patchify,
+    unpatchify,
+    windows_of_inference,
+)
 from anomalib_intra.image_range import check_range
 
 
@@ -97,6 +105,8 @@ class InpaintingTransformer(nn.Module):
         position (str): ``"global"`` (eq. 2) or ``"local"`` (eq. 1).
         long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < n // 2.
         readout (str): ``"mean"`` over the sequence or the hidden patch's ``"token"``.
+        window_shift (int): Reconstruct each patch as the mean of what all windows give whose centre is up to this many
+            patches away from it, ``(2 * window_shift + 1) ** 2`` of them. 0 takes the central one (sec. 3.5).
 
     Raises:
         ValueError: If the sizes do not fit together, or an option has no such value.
@@ -122,6 +132,7 @@ class InpaintingTransformer(nn.Module):
         position: Literal["global", "local"] = "global",
         long_residuals: bool = True,
         readout: Literal["mean", "token"] = "mean",
+        window_shift: int = 0,
     ) -> None:
         super().__init__()
         _check_option("attention", attention, ("mfsa", "msa"))
@@ -129,6 +140,9 @@ class InpaintingTransformer(nn.Module):
         _check_option("readout", readout, ("mean", "token"))
         height, width = image_size
         check_image_size(height, width, patch_size, window_size)
+        if not 0 <= window_shift <= window_size // 2:
+            msg = f"window_shift must be in 0 .. {window_size // 2} for windows of {window_size}, got {window_shift}."
+            raise ValueError(msg)
 
         self.patch_size = patch_size
         self.window_size = window_size
@@ -136,6 +150,7 @@ class InpaintingTransformer(nn.Module):
         self.position = position
         self.long_residuals = long_residuals
         self.readout = readout
+        self.window_shift = window_shift
 
         def self_attention() -> MultiheadSelfAttention:
             if attention == "msa":
@@ -179,6 +194,8 @@ class InpaintingTransformer(nn.Module):
     def reconstruct(self, images: torch.Tensor, window_batch_size: int | None = None) -> torch.Tensor:
         """Inpaint every patch of every image from the window in which it is as central as possible (sec. 3.5).
 
+        With a ``window_shift``, the mean over that window and those around it.
+
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
             window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Defaults to 64 on a
@@ -210,10 +227,7 @@ class InpaintingTransformer(nn.Module):
             seen = self.blocks[0].project(tokens + position)
             hidden = self.blocks[0].project(self.inpaint_embedding + position)
 
-        index = torch.arange(rows * columns, device=images.device)
-        t, u = index // columns + 1, index % columns + 1
-        r = centred_origin(t, rows, self.window_size)
-        s = centred_origin(u, columns, self.window_size)
+        r, s, t, u = windows_of_inference(rows, columns, self.window_size, self.window_shift, images.device)
 
         # An exported graph must not depend on the batch size.
         at_once = window_batch_size if exporting else window_batch_size // batch
@@ -230,7 +244,7 @@ class InpaintingTransformer(nn.Module):
             inputs = [rearrange(x, "b p l d -> (b p) l d") for x in inputs]
             inpainted = self._inpaint(inputs, repeat(place, "p -> (b p)", b=batch))
             patches.append(rearrange(inpainted, "(b p) d -> b p d", b=batch))
-        grid = rearrange(torch.cat(patches, dim=1), "b (n m) d -> b n m d", n=rows, m=columns)
+        grid = reduce(torch.cat(patches, dim=1), "b (w n m) d -> b n m d", "mean", n=rows, m=columns)
         return unpatchify(grid, self.patch_size)
 
     def inpaint(
