@@ -298,3 +298,15 @@ def test_original_size_asked_for_now_outlives_a_checkpoint_without_it() -> None:
     post_processor = InTraPostProcessor()
     post_processor.load_checkpoint_config(InTraPostProcessor(image_quantile=0.5).checkpoint_config())
     assert (post_processor.original_size, post_processor.image_quantile) == (False, 0.5)
+
+
+def test_options_of_the_map_asked_for_now_outlive_a_checkpoint_with_others() -> None:
+    saved = InTraPostProcessor(colour_weight=0.5, deviation="positive").checkpoint_config()
+    for asked, expected in (
+        ({}, (0.5, "positive")),
+        ({"deviation": "scaled"}, (0.5, "scaled")),
+        ({"colour_weight": 0.25}, (0.25, "positive")),
+    ):
+        post_processor = InTraPostProcessor(**asked)
+        post_processor.load_checkpoint_config(saved)
+        assert (post_processor.colour_weight, post_processor.deviation) == expected

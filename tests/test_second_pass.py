@@ -8,7 +8,7 @@ import pytest
 import torch
 from anomalib.data.utils import read_image
 
-from anomalib_intra import InTra, TextureDemo
+from anomalib_intra import InTra, InTraPostProcessor, TextureDemo
 from anomalib_intra.second_pass import second_pass
 from anomalib_intra.torch_model import InpaintingTransformer, Reconstruction
 
@@ -107,14 +107,23 @@ def test_a_checkpoint_and_an_export_score_as_the_model_does(trained: tuple, demo
     torch.testing.assert_close(torch.from_numpy(got["pred_score"]), expected.pred_score, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("changed", [{"second_pass": False}, {"window_shift": 1}])
+@pytest.mark.parametrize(
+    "changed",
+    [{"second_pass": False}, {"window_shift": 1}, {"post_processor": InTraPostProcessor(colour_weight=0.5)}],
+    ids=["second_pass", "window_shift", "colour_weight"],
+)
 def test_what_changes_after_training_is_calibrated_anew(
-    trained: tuple, demo: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture, changed: dict
+    trained: tuple,
+    demo: TextureDemo,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    changed: dict,
+    request: pytest.FixtureRequest,
 ) -> None:
     _, checkpoint = trained
     with caplog.at_level(logging.WARNING):
         model = InTra.load_from_checkpoint(checkpoint, **changed)
-    assert f"calibrated with {next(iter(changed))}=" in caplog.text
+    assert f"calibrated with {request.node.callspec.id}=" in caplog.text
     assert not model.post_processor.is_calibrated
     with caplog.at_level(logging.WARNING):
         tiny_engine(tmp_path).test(model, datamodule=demo)
@@ -124,7 +133,7 @@ def test_what_changes_after_training_is_calibrated_anew(
     with torch.no_grad():
         for path in demo.train_data.samples.image_path:
             image = model.pre_processor(read_image(path, as_tensor=True)[None])
-            maps.append(model.post_processor.difference_map(*model.model(image)))
+            maps.append(model.post_processor.difference_map(*model.model(image), model.post_processor.colour_weight))
     torch.testing.assert_close(
         model.post_processor.training_mean, torch.cat(maps).mean(dim=0, keepdim=True), atol=1e-6, rtol=0
     )

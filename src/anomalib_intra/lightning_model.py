@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 
 from anomalib_intra.batch import InTraBatch, is_normal
+from anomalib_intra.checkpoint_fit import check_architecture, forget_stale_calibration
 from anomalib_intra.checkpoints import BestCheckpoint, LastCheckpoint
 from anomalib_intra.command_line import as_commanded
 from anomalib_intra.compiler import why_not_compiled
@@ -43,15 +44,6 @@ logger = logging.getLogger(__name__)
 
 #: Share of a flat image's error above which a reconstruction counts as flat.
 _COLLAPSED = 0.9
-
-# The arguments that decide the shape of the weights, or what they mean.
-_ARCHITECTURE = (
-    "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
-    "position", "long_residuals", "readout",
-)  # fmt: skip
-
-# Those that may change after training, for which the training mean and the thresholds must then be computed anew.
-_CALIBRATED_WITH = ("window_shift", "second_pass")
 
 
 class InferenceWithReconstruction(NamedTuple):
@@ -167,6 +159,7 @@ class InTra(DrawnModule):
         self.patience = patience
         self.augment = augment
         self.centred_windows = centred_windows
+        self.window_shift = window_shift
         self.second_pass = second_pass
         self.compile_blocks = compile_blocks
         self.model = InpaintingTransformer(
@@ -458,36 +451,20 @@ class InTra(DrawnModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, then restore what was stored."""
-        saved = checkpoint.get("hyper_parameters", {})
-        differing = [
-            f"{name}={_plain(saved[name])!r} (here {_plain(self.hparams[name])!r})"
-            for name in _ARCHITECTURE
-            if name in saved and name in self.hparams and _plain(saved[name]) != _plain(self.hparams[name])
-        ]
-        if differing:
-            msg = (
-                f"The checkpoint holds an InTra with {', '.join(differing)}: build the model with the checkpoint's "
-                "values, or use InTra.load_from_checkpoint, which does."
-            )
-            raise ValueError(msg)
-        calibrated_with = checkpoint.get("calibrated_with", {})
-        changed = [
-            name for name in _CALIBRATED_WITH if calibrated_with.get(name, self.hparams[name]) != self.hparams[name]
-        ]
-        if changed:
-            logger.warning(
-                "The checkpoint was calibrated with %s: its training mean and thresholds are left out.",
-                ", ".join(f"{name}={calibrated_with[name]!r} (here {self.hparams[name]!r})" for name in changed),
-            )
-            blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-            checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
+        """Refuse a checkpoint of another architecture, then restore what was stored and still holds."""
+        check_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
+        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
+        forget_stale_calibration(checkpoint, {**self._scored_with, **self.post_processor.asked_options}, blank)
         super().on_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store what calibration depends on beside the weights."""
+        """Store beside the weights what the calibration depends on."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_with"] = {name: self.hparams[name] for name in _CALIBRATED_WITH}
+        checkpoint["calibrated_with"] = {**self._scored_with, **self.post_processor.map_options}
+
+    @property
+    def _scored_with(self) -> dict[str, Any]:
+        return {"window_shift": self.window_shift, "second_pass": self.second_pass}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
@@ -513,7 +490,3 @@ class InTra(DrawnModule):
 
 def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:
     return type(checkpoint) is ModelCheckpoint and checkpoint.monitor is None and checkpoint.filename == "model"
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

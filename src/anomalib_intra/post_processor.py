@@ -22,6 +22,7 @@ from anomalib_intra.torch_model import Reconstruction
 _KERNELS_AT_512 = (21, 11)
 _SIGMA = (2.0, 2.0)
 _DEVIATIONS = ("squared", "positive", "scaled")
+_PAPER = {"colour_weight": 0.0, "deviation": "squared"}
 _SMALLEST_STD = 1e-12
 
 
@@ -53,7 +54,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     Raises:
         ValueError: If ``colour_weight`` or ``deviation`` has no such value.
 
-    ``colour_weight`` and ``deviation`` are not in the paper; docs/results.md has what they gain and lose.
+    ``colour_weight`` and ``deviation`` are not in the paper; docs/results.md has what they gain and lose. Both may be
+    asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
 
     Example:
         >>> post_processor = InTraPostProcessor()
@@ -104,14 +106,23 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         return (*super()._checkpoint_config_keys, "original_size", "colour_weight", "deviation")
 
     def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore settings; ``original_size=True`` asked for now outlives a checkpoint made without it.
+        """Restore settings; what is asked for now beyond the defaults outlives a checkpoint made without it.
 
         Args:
             config (dict[str, Any]): Settings from a checkpoint.
         """
-        wanted = self.original_size
-        super().load_checkpoint_config(config)
-        self.original_size |= wanted
+        asked = {**self.asked_options, **({"original_size": True} if self.original_size else {})}
+        super().load_checkpoint_config({**config, **asked})
+
+    @property
+    def map_options(self) -> dict[str, Any]:
+        """The options on which difference and anomaly maps depend."""
+        return {name: getattr(self, name) for name in _PAPER}
+
+    @property
+    def asked_options(self) -> dict[str, Any]:
+        """Those of them that are not the paper's."""
+        return {name: value for name, value in self.map_options.items() if value != _PAPER[name]}
 
     # ---- eq. 16 to 18 ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a checkpoint fits the model that loads it."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+# The arguments that decide the shape of the weights, or what they mean.
+_ARCHITECTURE = (
+    "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
+    "position", "long_residuals", "readout",
+)  # fmt: skip
+
+
+def check_architecture(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Refuse weights of another architecture.
+
+    Args:
+        saved (Mapping[str, Any]): Arguments of the model that was saved.
+        present (Mapping[str, Any]): Arguments of the model that loads it.
+
+    Raises:
+        ValueError: If they differ in what decides the weights; names the differences.
+
+    Example:
+        >>> check_architecture({"depth": 13, "patience": 50}, {"depth": 13, "patience": 5})
+        >>> check_architecture({"depth": 13}, {"depth": 4})
+        Traceback (most recent call last):
+        ...
+        ValueError: The checkpoint holds an InTra with depth=13 (here 4): build the model with the checkpoint's \
+values, or use InTra.load_from_checkpoint, which does.
+    """
+    differing = [
+        f"{name}={_plain(saved[name])!r} (here {_plain(present[name])!r})"
+        for name in _ARCHITECTURE
+        if name in saved and name in present and _plain(saved[name]) != _plain(present[name])
+    ]
+    if differing:
+        msg = (
+            f"The checkpoint holds an InTra with {', '.join(differing)}: build the model with the checkpoint's "
+            "values, or use InTra.load_from_checkpoint, which does."
+        )
+        raise ValueError(msg)
+
+
+def forget_stale_calibration(
+    checkpoint: dict[str, Any], present: Mapping[str, Any], blank: Mapping[str, torch.Tensor]
+) -> None:
+    """Leave the calibration out of a checkpoint if images are scored in another way now; a test makes it anew.
+
+    Args:
+        checkpoint (dict[str, Any]): The checkpoint, which says under ``calibrated_with`` how images were scored.
+        present (Mapping[str, Any]): How they are now.
+        blank (Mapping[str, torch.Tensor]): State of a model that was never calibrated.
+    """
+    stored = checkpoint.get("calibrated_with", {})
+    changed = [
+        f"{name}={stored[name]!r} (here {value!r})"
+        for name, value in present.items()
+        if name in stored and stored[name] != value
+    ]
+    if changed:
+        logger.warning(
+            "The checkpoint was calibrated with %s: its training mean and thresholds are left out.", ", ".join(changed)
+        )
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
