@@ -19,6 +19,7 @@ from jsonargparse import ArgumentParser
 
 from anomalib_intra.ablations import ablations
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.map_options import OPTIONS, map_options
 from anomalib_intra.reproduce import reproduce
 from anomalib_intra.select_size import select_size
 from anomalib_intra.speed import speed
@@ -37,6 +38,7 @@ def main() -> None:
     own: dict[str, Callable[..., None]] = {
         "ablations": _ablations,
         "benchmark": _benchmark,
+        "map-options": _map_options,
         "speed": _speed,
         "yardsticks": _print_yardsticks,
     }
@@ -104,6 +106,23 @@ def _ablations(
     print((output / "ablations.md").read_text(encoding="utf-8"))
     if rows["error"].any():
         sys.exit(1)
+
+
+def _map_options(
+    checkpoint: Path,
+    data: AnomalibDataModule,
+    options: list[dict[str, Any]] = list(OPTIONS),  # noqa: B006  # never changed, and shown by --help
+    output: Path = Path("results/map-options"),
+) -> None:
+    """Test a trained InTra with one set of options after the other that are not in the paper.
+
+    Args:
+        checkpoint: Checkpoint of the model.
+        data: Datamodule that it was trained on.
+        options: Sets of options, such as '[{"deviation": "scaled"}, {"second_pass": true}]'.
+        output: Folder for the table.
+    """
+    print(map_options(checkpoint, data, options, output).to_string(index=False, float_format="{:.3f}".format))
 
 
 def _select_size(args: list[str]) -> None:

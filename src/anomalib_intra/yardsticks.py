@@ -141,7 +141,7 @@ def yardsticks(
             image_size,
             flat,
             post_processor=InTraPostProcessor(original_size=original_size),
-            evaluator=_evaluator(),
+            evaluator=scores_and_psnr(),
             visualizer=False,
         )
         engine = Engine(default_root_dir=output, logger=False, enable_progress_bar=False)
@@ -150,7 +150,12 @@ def yardsticks(
     return DataFrame(rows).T
 
 
-def _evaluator() -> Evaluator:
+def scores_and_psnr() -> Evaluator:
+    """Make an evaluator of everything that tells how good an InTra is.
+
+    Returns:
+        Evaluator: AUROC of images and pixels and AUPRO, in 0 .. 1, and the PSNR of good test images in dB.
+    """
     return Evaluator(
         test_metrics=[
             AUROC(fields=["pred_score", "gt_label"], prefix="image_", strict=False),
