@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ from anomalib_intra.reproduce.page import figures
 from .conftest import TINY
 
 EPOCHS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_forecast() -> Iterator[None]:
+    """The steps of these tests take milliseconds: no need to time them for seconds at each start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(import_module("anomalib_intra.reproduce.forecast"), "_SECONDS", 0.05)
+        yield
 
 
 @pytest.fixture(scope="module")
