@@ -144,3 +144,26 @@ def test_nothing_is_suspicious_before_there_is_a_threshold() -> None:
     post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
     images = torch.rand(1, 3, 64, 64)
     assert not post_processor.suspicious(Reconstruction(images, torch.rand_like(images))).any()
+
+
+def test_a_checkpoint_from_before_there_was_a_second_pass_scores_as_it_did(
+    demo_root: Path, demo: TextureDemo, tmp_path: Path
+) -> None:
+    engine = tiny_engine(tmp_path, max_epochs=1)
+    engine.fit(tiny_intra(), datamodule=demo)
+    image = read_image(demo_root / "weave/test/hole/000.png", as_tensor=True)[None]
+    scores = []
+    for name in ("calibrated_with", "hyper_parameters", "state_dict"):  # each of which is shorter in an old one
+        checkpoint = torch.load(engine.best_model_path, weights_only=True)
+        if name == "calibrated_with":
+            del checkpoint[name]
+        elif name == "hyper_parameters":
+            del checkpoint[name]["second_pass"], checkpoint[name]["window_shift"]
+        else:
+            del checkpoint[name]["post_processor.suspicion_threshold"]
+        torch.save(checkpoint, tmp_path / "old.ckpt")
+        with torch.no_grad():
+            scores.append(float(InTra.load_from_checkpoint(tmp_path / "old.ckpt").eval()(image).pred_score))
+    with torch.no_grad():
+        expected = float(InTra.load_from_checkpoint(engine.best_model_path).eval()(image).pred_score)
+    assert scores == [expected] * 3

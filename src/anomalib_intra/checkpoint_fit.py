@@ -68,6 +68,8 @@ def forget_stale_calibration(
             "The checkpoint was calibrated with %s: its training mean and thresholds are left out.", ", ".join(changed)
         )
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
+    else:  # one of an older version lacks what has been added since
+        checkpoint["state_dict"] = {**blank, **checkpoint["state_dict"]}
 
 
 def _plain(value: Any) -> Any:
