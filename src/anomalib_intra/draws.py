@@ -113,7 +113,7 @@ class DrawLoader(Generic[_Draws]):
     def __len__(self) -> int:
         """Steps of an epoch."""
         full, rest = divmod(len(self.images.dataset), self._pool_size)  # type: ignore[arg-type]
-        return full * len(self._shares(self._pool_size)) + len(self._shares(rest))
+        return full * self._steps(self._pool_size) + self._steps(rest)
 
     def __iter__(self) -> Iterator[_Draws]:
         """Yield the steps of epoch ``epoch``, or those that are left of the epoch in which the run was cut off."""
@@ -139,6 +139,11 @@ class DrawLoader(Generic[_Draws]):
         """Go on after the steps that were taken, if the same epoch goes on."""
         self.epoch = self._resumed_epoch = state_dict["epoch"]
         self._next_step = state_dict["steps"]
+
+    def _steps(self, images: int) -> int:
+        """Tell how many steps a pool is for."""
+        full, rest = divmod(images * self.draws_per_image, self.batch_size)
+        return full + (rest >= self._world_size)  # of a smaller rest, not every process would get a draw
 
     def _shares(self, images: int) -> list[slice]:
         """Tell which draws of a pool are this process's, step by step."""
