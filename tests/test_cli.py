@@ -60,11 +60,12 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     category = config.stem if config.parent.stem == "mvtec" else "bottle"
     assert cli.datamodule.category == category
     assert cli.model.image_size == (SIZES[category],) * 2
-    assert cli.model.post_processor.original_size == (config.stem != "compact")
+    assert cli.model.post_processor.original_size == (config.stem not in ("compact", "compact_wide"))
 
 
-def test_the_schedule_of_the_compact_preset_ends_with_its_training() -> None:
-    settings = yaml.safe_load((CONFIGS / "compact.yaml").read_text())
+@pytest.mark.parametrize("preset", ["compact", "compact_wide"])
+def test_the_schedule_of_a_compact_preset_ends_with_its_training(preset: str) -> None:
+    settings = yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text())
     assert settings["lr_scheduler"]["init_args"]["total_steps"] == settings["trainer"]["max_epochs"]
 
 
