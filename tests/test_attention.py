@@ -84,6 +84,27 @@ def test_mfsa_equals_loops_over_eq_10_and_7_to_9(embed_dim, heads, feature_dim):
         np.testing.assert_allclose(got[b], expected, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("feature_dim", [32, 64])
+def test_bf16_on_a_cpu_attends_and_trains_as_the_equations_do(feature_dim):
+    # There, eq. 7 and 8 are written out, since the fast kernel is not fast.
+    heads = 4
+    module = MultiheadFeatureSelfAttention(64, heads, feature_dim)
+    generator = torch.Generator().manual_seed(8)
+    rounded = [torch.randn(2, 9, n, generator=generator).bfloat16() for n in (feature_dim, feature_dim, 64)]
+    q, k, v = exact = [x.double().requires_grad_() for x in rounded]
+    parts = zip(*(x.chunk(heads, dim=-1) for x in (q, k, v)), strict=True)
+    z = [torch.softmax(q @ k.mT / math.sqrt(feature_dim / heads), dim=-1) @ v for q, k, v in parts]
+    expected = module.double().unify(torch.cat(z, dim=-1))
+    expected.square().sum().backward()
+
+    leaves = [x.detach().requires_grad_() for x in rounded]
+    got = module.bfloat16().attend(*leaves)
+    got.square().sum().backward()
+    assert got.dtype == torch.bfloat16
+    for rough, fine in [(got, expected), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
+        assert (rough.double() - fine).abs().max() < 0.02 * fine.abs().max()  # 8 bits of precision
+
+
 def test_mfsa_scales_by_the_head_dimension_of_the_features_not_of_the_latent_space():
     embed_dim, heads, feature_dim = 16, 2, 4
     module = randomise(MultiheadFeatureSelfAttention(embed_dim, heads, feature_dim), seed=4)

@@ -11,7 +11,7 @@ import torch
 
 from anomalib_intra import cli
 from anomalib_intra.machine import forget_peak_memory, peak_memory_mib
-from anomalib_intra.speed import _flops_of_a_window
+from anomalib_intra.speed import _flops_of_a_window, speed
 from anomalib_intra.torch_model import InpaintingTransformer
 
 TINY = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_batch_size": 8}
@@ -24,6 +24,19 @@ def test_a_window_of_the_papers_model_costs_5_gflop() -> None:
     by_hand = 2 * tokens * (13 * (block + attention) + 768 * d) + 2 * d * 768
     # The kernels get queries and keys padded to the dimension of the values.
     assert _flops_of_a_window(InpaintingTransformer()) == pytest.approx(by_hand, rel=0.01)
+
+
+def test_work_that_is_saved_counts_as_done() -> None:
+    whole, saved = (InpaintingTransformer(depth=2, readout=readout) for readout in ("mean", "token"))
+    assert _flops_of_a_window(whole) == _flops_of_a_window(saved)
+
+
+def test_bf16_is_left_out_where_it_is_emulated(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("anomalib_intra.speed._matrix_rate", lambda _, dtype: 1e9 if dtype == torch.float32 else 4e8)
+    table = speed(TINY, [32], [1], 1, "cpu")
+    assert table["what"][table["precision"] == "bf16"].tolist() == ["matrix products"]
+    assert (table["precision"] == "float32").sum() == 4
+    assert "slower in bf16 than in float32" in capsys.readouterr().err
 
 
 def test_peak_memory_is_that_since_it_was_forgotten() -> None:

@@ -54,14 +54,21 @@ class MultiheadSelfAttention(nn.Module):
             torch.Tensor: Sequence of shape ``(B, P, D)``.
         """
         q, k, v = (rearrange(x, "b l (h d) -> b h l d", h=self.num_heads) for x in (q, k, v))
-        # softmax(q k^T / sqrt(dimension of a head's q)) v: eq. 7 and 8, with D'' in place of D' for MFSA. The fast
-        # kernels want one dimension for all three; zeros change no dot product.
-        scale = q.shape[-1] ** -0.5
-        missing = v.shape[-1] - q.shape[-1]
-        if missing > 0:
-            q, k = pad(q, (0, missing)), pad(k, (0, missing))
-        z = scaled_dot_product_attention(q, k, v, scale=scale)
-        return self.unify(rearrange(z, "b h l d -> b l (h d)"))
+        return self.unify(rearrange(_attend(q, k, v), "b h l d -> b l (h d)"))
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Compute softmax(q k^T / sqrt(dimension of q)) v for each head: eq. 7 and 8, with D'' in place of D' for MFSA."""
+    scale = q.shape[-1] ** -0.5
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16:
+        # torch's own kernel is slow at this, backwards five times as slow (docs/performance.md).
+        weights = torch.softmax(scale * q @ k.mT, dim=-1, dtype=torch.float32)
+        return weights.to(v.dtype) @ v
+    # The fast kernels want one dimension for all three; zeros change no dot product.
+    missing = v.shape[-1] - q.shape[-1]
+    if missing > 0:
+        q, k = pad(q, (0, missing)), pad(k, (0, missing))
+    return scaled_dot_product_attention(q, k, v, scale=scale)
 
 
 class MultiheadFeatureSelfAttention(MultiheadSelfAttention):

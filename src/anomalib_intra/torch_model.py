@@ -53,21 +53,22 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, 4 * embed_dim)
 
-    def forward(self, y: torch.Tensor, only: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, y: torch.Tensor, only: torch.Tensor | None = None, mean: bool = False) -> torch.Tensor:
         """Map a sequence to the next one.
 
         Args:
             y (torch.Tensor): Sequence of shape ``(B, L * L, D)``.
             only (torch.Tensor | None): Place in the sequence, 0-based, shape ``(B,)``, if no other output is wanted.
+            mean (bool): Give the mean of the sequence instead.
 
         Returns:
-            torch.Tensor: Sequence of shape ``(B, L * L, D)``, or ``(B, 1, D)`` with ``only``.
+            torch.Tensor: Sequence of shape ``(B, L * L, D)``, or ``(B, 1, D)`` with ``only`` or ``mean``.
         """
         x = _as_cast(self.norm1(y))
         k, v = self.attention.key(x), self.attention.value(x)
         if only is not None:
             y, x = _at(y, only), _at(x, only)
-        return self.finish(y, self.attention.query(x), k, v)
+        return self.finish(y, self.attention.query(x), k, v, mean)
 
     def project(self, y: torch.Tensor) -> Projected:
         """Do the part of the block that looks at each token alone; :meth:`finish` does the rest.
@@ -81,10 +82,15 @@ class TransformerBlock(nn.Module):
         x = _as_cast(self.norm1(y))
         return y, self.attention.query(x), self.attention.key(x), self.attention.value(x)
 
-    def finish(self, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def finish(
+        self, y: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mean: bool = False
+    ) -> torch.Tensor:
         """Attend from tokens y with queries q to keys k and values v, then go through the MLP."""
         y = y + self.attention.attend(q, k, v)
-        return y + self.mlp(_as_cast(self.norm2(y)))
+        x = self.mlp.act(self.mlp.fc1(_as_cast(self.norm2(y))))
+        if mean:  # what a linear layer gives for the mean is the mean of what it gives
+            y, x = y.mean(dim=1, keepdim=True), x.mean(dim=1, keepdim=True)
+        return y + self.mlp.fc2(x)
 
 
 class InpaintingTransformer(nn.Module):
@@ -198,7 +204,7 @@ class InpaintingTransformer(nn.Module):
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
-            window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Defaults to 64 on a
+            window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Defaults to 32 on a
                 CPU, where larger batches are slower, and to 256 elsewhere.
 
         Returns:
@@ -212,7 +218,7 @@ class InpaintingTransformer(nn.Module):
         self._check(images)
         exporting = torch.compiler.is_compiling()
         if window_batch_size is None:
-            window_batch_size = 64 if images.device.type == "cpu" and not exporting else 256
+            window_batch_size = 32 if images.device.type == "cpu" and not exporting else 256
         # (asking for the batch size, even to compare it, would tie an exported graph to it)
         if not exporting and len(images) > window_batch_size:
             return torch.cat([self.reconstruct(part, window_batch_size) for part in images.split(window_batch_size)])
@@ -298,17 +304,19 @@ class InpaintingTransformer(nn.Module):
         for_long_residuals: list[torch.Tensor] = []
         for n, block in enumerate(self.blocks):
             # Of the last output, only what is read out is computed.
-            only = place if self.readout == "token" and n == depth - 1 else None
+            last = n == depth - 1
+            only = place if self.readout == "token" and last else None
+            mean = self.readout == "mean" and last
             if n == 0:
                 y, q, k, v = inputs
-                y = block.finish(*((y, q) if only is None else (_at(y, only), _at(q, only))), k, v)
+                y = block.finish(*((y, q) if only is None else (_at(y, only), _at(q, only))), k, v, mean)
             else:
                 if self.long_residuals and n >= depth - depth // 2:
                     y = y + for_long_residuals.pop()
-                y = block(y, only)
+                y = block(y, only, mean)
             if n < depth // 2:
                 for_long_residuals.append(y)
-        return self.to_pixels(y.mean(dim=1))
+        return self.to_pixels(rearrange(y, "b 1 d -> b d"))
 
     @staticmethod
     def _as_colour(images: torch.Tensor) -> torch.Tensor:
