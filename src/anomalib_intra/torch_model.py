@@ -214,6 +214,15 @@ class InpaintingTransformer(nn.Module):
             ValueError: If the images are not a batch of one or three channels, of a size that does not work, or hold
                 values that are not finite or not in [0, 1].
         """
+        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+            return self._reconstruct(images, window_batch_size)
+        # Autocast remembers the weights it has cast, but not in inference mode: there, it casts them for every batch.
+        with torch.inference_mode(False), torch.no_grad():
+            reconstruction = self._reconstruct(images, window_batch_size)
+        torch.clear_autocast_cache()  # what it remembers now has no gradient
+        return reconstruction
+
+    def _reconstruct(self, images: torch.Tensor, window_batch_size: int | None) -> torch.Tensor:
         images = self._as_colour(images)
         self._check(images)
         exporting = torch.compiler.is_compiling()
@@ -221,7 +230,7 @@ class InpaintingTransformer(nn.Module):
             window_batch_size = 32 if images.device.type == "cpu" and not exporting else 256
         # (asking for the batch size, even to compare it, would tie an exported graph to it)
         if not exporting and len(images) > window_batch_size:
-            return torch.cat([self.reconstruct(part, window_batch_size) for part in images.split(window_batch_size)])
+            return torch.cat([self._reconstruct(part, window_batch_size) for part in images.split(window_batch_size)])
 
         # The projection of a patch is the same in every window, so it is done once per image (eq. 3). Global positions
         # make a whole token the same in every window, and so its queries, keys and values in the first block.
