@@ -34,9 +34,12 @@ def test_bf16_casts_the_weights_once_for_all_batches_of_windows() -> None:
     model = InpaintingTransformer((64, 96), window_size=3, embed_dim=64, depth=4, num_heads=4).eval()
     images = torch.rand(2, 3, 64, 96)
     first_of_the_mlp = list(model.blocks[0].mlp.fc1.weight.shape)
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        with torch.profiler.profile(record_shapes=True) as profiler:
-            model.reconstruct(images, 4)  # in 12 batches
+    with (
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.profiler.profile(record_shapes=True) as profiler,
+    ):
+        model.reconstruct(images, 4)  # in 12 batches
     events = [event for event in profiler.events() if event.name == "aten::_to_copy"]
     assert sum(event.input_shapes[0] == first_of_the_mlp for event in events) == 4  # one in each block
     # What autocast remembers afterwards must not keep a gradient from the weights.

@@ -21,6 +21,7 @@ from anomalib_intra.checkpoints import AtomicCheckpointIO
 from anomalib_intra.command_line import drop_unreadable, seed_as_commanded
 from anomalib_intra.draws import DrawLoader, Draws
 from anomalib_intra.finite_loss import FiniteLoss
+from anomalib_intra.kept_memory import KeptMemory
 from anomalib_intra.normal_images import NormalImages, shared_loader
 from anomalib_intra.random_state import random_state, set_random_state
 from anomalib_intra.report import RunReport
@@ -86,13 +87,13 @@ class DrawnModule(CalibratedModule):
     # ---- components --------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add a report, unless pictures are switched off or the user brought their own."""
+        """Add what keeps memory, and a report unless pictures are switched off or the user brought their own."""
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
         # One that is there already too: it must come after the post-processor, which gives it scores.
         all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         present = [callback for callback in all_there if isinstance(callback, RunReport)]
-        return callbacks + (present or [RunReport()] * bool(self.visualizer))
+        return [*callbacks, KeptMemory(), *(present or [RunReport()] * bool(self.visualizer))]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

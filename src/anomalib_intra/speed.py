@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_intra.draws import DrawLoader, Prepared
+from anomalib_intra.kept_memory import give_back_freed_memory, keep_freed_memory
 from anomalib_intra.lightning_model import InTra
 from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib
 from anomalib_intra.torch_model import InpaintingTransformer
@@ -114,7 +115,11 @@ def _measurements(
                         "times_the_loop": windows / seconds / loop,
                     }
         forget_peak_memory(device)
+        if device.type == "cpu":
+            keep_freed_memory()  # as in a training
         windows, seconds = time_training(intra, training_steps, device, autocast)
+        if device.type == "cpu":
+            give_back_freed_memory()
         # Backwards takes twice the work of forwards.
         yield row("training step", windows, seconds, work=3, image_size=image_sizes[0])
 
