@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalib_intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
+from anomalib_intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention, _attend
 
 
 def randomise(module, seed):
@@ -85,24 +85,34 @@ def test_mfsa_equals_loops_over_eq_10_and_7_to_9(embed_dim, heads, feature_dim):
 
 
 @pytest.mark.parametrize("feature_dim", [32, 64])
-def test_bf16_on_a_cpu_attends_and_trains_as_the_equations_do(feature_dim):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_on_a_cpu_attends_and_trains_as_exactly_as_the_kernel_does(feature_dim, autocast):
     # There, eq. 7 and 8 are written out, since the fast kernel is not fast.
-    heads = 4
-    module = MultiheadFeatureSelfAttention(64, heads, feature_dim)
-    generator = torch.Generator().manual_seed(8)
-    rounded = [torch.randn(2, 9, n, generator=generator).bfloat16() for n in (feature_dim, feature_dim, 64)]
-    q, k, v = exact = [x.double().requires_grad_() for x in rounded]
-    parts = zip(*(x.chunk(heads, dim=-1) for x in (q, k, v)), strict=True)
-    z = [torch.softmax(q @ k.mT / math.sqrt(feature_dim / heads), dim=-1) @ v for q, k, v in parts]
-    expected = module.double().unify(torch.cat(z, dim=-1))
-    expected.square().sum().backward()
+    heads, generator = 4, torch.Generator().manual_seed(8)
+    # Queries and keys are large, so that the softmax is sharp and errors of its logits count.
+    q, k = (3 * torch.randn(16, heads, 25, feature_dim // heads, generator=generator) for _ in range(2))
+    v = torch.randn(16, heads, 25, 16, generator=generator)
 
-    leaves = [x.detach().requires_grad_() for x in rounded]
-    got = module.bfloat16().attend(*leaves)
-    got.square().sum().backward()
-    assert got.dtype == torch.bfloat16
-    for rough, fine in [(got, expected), *((a.grad, b.grad) for a, b in zip(leaves, exact, strict=True))]:
-        assert (rough.double() - fine).abs().max() < 0.02 * fine.abs().max()  # 8 bits of precision
+    def outputs_and_gradients(attend, dtype):
+        leaves = [x.bfloat16().to(dtype).requires_grad_() for x in (q, k, v)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and dtype == torch.bfloat16):
+            z = attend(*leaves)
+        assert z.dtype == dtype
+        z.sum(dim=(1, 2)).square().sum().backward()
+        return [z.double(), *(leaf.grad.double() for leaf in leaves)]
+
+    def errors(results):
+        return [(x - y).square().mean().sqrt() / y.square().mean().sqrt() for x, y in zip(results, exact, strict=True)]
+
+    def kernel(q, k, v):
+        scale = q.shape[-1] ** -0.5
+        q, k = (torch.nn.functional.pad(x, (0, v.shape[-1] - x.shape[-1])) for x in (q, k))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+    exact = outputs_and_gradients(_attend, torch.float64)
+    of_the_kernel = errors(outputs_and_gradients(kernel, torch.bfloat16))
+    for ours, kernels in zip(errors(outputs_and_gradients(_attend, torch.bfloat16)), of_the_kernel, strict=True):
+        assert 0 < ours < 1.5 * kernels
 
 
 def test_mfsa_scales_by_the_head_dimension_of_the_features_not_of_the_latent_space():

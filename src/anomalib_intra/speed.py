@@ -16,17 +16,17 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_intra.draws import DrawLoader, Prepared
-from anomalib_intra.kept_memory import give_back_freed_memory, keep_freed_memory
+from anomalib_intra.kept_memory import kept_memory
 from anomalib_intra.lightning_model import InTra
 from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib
 from anomalib_intra.torch_model import InpaintingTransformer
 
 #: Seconds for which each matrix product is repeated; the best repetition counts.
 _SECONDS_OF_A_PRODUCT = 1.0
-#: Seconds after which what is inpainted is not timed again, up to three times in all; the best time counts.
+#: Inpainting is timed up to three times, and not again once that took so many seconds; the best time counts.
 _SECONDS_OF_A_MEASUREMENT = 20.0
-#: Windows of the smaller of two batches whose matrix products are measured; reconstruction on a CPU takes as many.
-_WINDOWS_OF_A_PRODUCT = 32
+#: Windows whose matrix products are measured, beside those of a training step: reconstruction on a CPU takes as many.
+_WINDOWS_OF_A_PRODUCT = (32, 64)
 #: Windows that the plain loop inpaints, one after the other.
 _WINDOWS_OF_THE_LOOP = 24
 #: Images that training windows are drawn from.
@@ -96,10 +96,12 @@ def _measurements(
             return
 
         row = partial(_row, device, precision, flops, ceiling)
+        best_seconds = partial(_best_seconds, device=device, first_compiles=intra.compile_blocks)
         autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
-        with torch.inference_mode(), autocast():
+        # (in inference mode, the loop would cast all weights for every window)
+        with torch.no_grad(), autocast():
             forget_peak_memory(device)
-            seconds = _best_seconds(partial(_loop, intra.model), device)
+            seconds = best_seconds(partial(_loop, intra.model))
             loop = _WINDOWS_OF_THE_LOOP / seconds
             yield row("window by window", _WINDOWS_OF_THE_LOOP, seconds)
             for size in image_sizes:
@@ -107,7 +109,7 @@ def _measurements(
                 for batch_size in batch_sizes:
                     images = torch.rand(batch_size, 3, size, size, device=device)
                     forget_peak_memory(device)
-                    seconds = _best_seconds(partial(model.reconstruct, images), device)
+                    seconds = best_seconds(partial(model.reconstruct, images))
                     windows = batch_size * model.grid[0] * model.grid[1]
                     yield {
                         **row("reconstruct", windows, seconds, image_size=size, batch_size=batch_size),
@@ -115,11 +117,7 @@ def _measurements(
                         "times_the_loop": windows / seconds / loop,
                     }
         forget_peak_memory(device)
-        if device.type == "cpu":
-            keep_freed_memory()  # as in a training
         windows, seconds = time_training(intra, training_steps, device, autocast)
-        if device.type == "cpu":
-            give_back_freed_memory()
         # Backwards takes twice the work of forwards.
         yield row("training step", windows, seconds, work=3, image_size=image_sizes[0])
 
@@ -168,7 +166,7 @@ def _flops_of_a_window(model: InpaintingTransformer) -> int:
 def _matrix_rate(intra: InTra, dtype: torch.dtype) -> float:
     """Find the best rate of the model's own matrix products, in floating-point operations a second."""
     weights = {tuple(weight.shape) for block in intra.model.blocks for weight in block.parameters()}
-    windows = {_WINDOWS_OF_A_PRODUCT, intra.window_batch_size}
+    windows = {*_WINDOWS_OF_A_PRODUCT, intra.window_batch_size}
     best = 0.0
     for shape, at_once in product([shape for shape in weights if len(shape) == 2], windows):
         tokens = at_once * intra.window_size**2
@@ -216,25 +214,29 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
     optimizer = torch.optim.Adam(intra.model.parameters(), lr=intra.learning_rate)
     intra.train()
     windows, started = 0, 0.0
-    for number, batch in enumerate(loader):
-        with autocast():
-            loss = intra.loss_of(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if number == 0:
-            _wait(device)
-            started = time.perf_counter()
-        else:
-            windows += len(batch)
-        if number == steps:
-            break
-    _wait(device)
+    with kept_memory(device):  # as in a training
+        for number, batch in enumerate(loader):
+            with autocast():
+                loss = intra.loss_of(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if number == 0:
+                _wait(device)
+                started = time.perf_counter()
+            else:
+                windows += len(batch)
+            if number == steps:
+                break
+        _wait(device)
+        seconds = time.perf_counter() - started
     intra.eval()
-    return windows, time.perf_counter() - started
+    return windows, seconds
 
 
-def _best_seconds(work: Callable[[], Any], device: torch.device) -> float:
+def _best_seconds(work: Callable[[], Any], device: torch.device, first_compiles: bool) -> float:
+    if first_compiles:
+        work()
     seconds = [_seconds(work, device)]
     while len(seconds) < 3 and sum(seconds) < _SECONDS_OF_A_MEASUREMENT:
         seconds.append(_seconds(work, device))

@@ -87,10 +87,12 @@ class TransformerBlock(nn.Module):
     ) -> torch.Tensor:
         """Attend from tokens y with queries q to keys k and values v, then go through the MLP."""
         y = y + self.attention.attend(q, k, v)
-        x = self.mlp.act(self.mlp.fc1(_as_cast(self.norm2(y))))
-        if mean:  # what a linear layer gives for the mean is the mean of what it gives
-            y, x = y.mean(dim=1, keepdim=True), x.mean(dim=1, keepdim=True)
-        return y + self.mlp.fc2(x)
+        x = _as_cast(self.norm2(y))
+        if not mean:
+            return y + self.mlp(x)
+        # What a linear layer gives for the mean is the mean of what it gives.
+        x = self.mlp.act(self.mlp.fc1(x)).mean(dim=1, keepdim=True)
+        return y.mean(dim=1, keepdim=True) + self.mlp.fc2(x)
 
 
 class InpaintingTransformer(nn.Module):
@@ -214,13 +216,17 @@ class InpaintingTransformer(nn.Module):
             ValueError: If the images are not a batch of one or three channels, of a size that does not work, or hold
                 values that are not finite or not in [0, 1].
         """
-        if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        kind = images.device.type
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not torch.is_autocast_enabled(kind):
             return self._reconstruct(images, window_batch_size)
-        # Autocast remembers the weights it has cast, but not in inference mode: there, it casts them for every batch.
-        with torch.inference_mode(False), torch.no_grad():
-            reconstruction = self._reconstruct(images, window_batch_size)
-        torch.clear_autocast_cache()  # what it remembers now has no gradient
-        return reconstruction
+        # Weights are cast once for all batches of windows. Left alone, autocast casts them for every batch: it does not
+        # remember them in inference mode, nor as Lightning sets it up.
+        autocast = torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=True)
+        with torch.inference_mode(False), torch.no_grad(), autocast:
+            try:
+                return self._reconstruct(images, window_batch_size)
+            finally:
+                torch.clear_autocast_cache()  # an autocast around this one would use them when the weights have changed
 
     def _reconstruct(self, images: torch.Tensor, window_batch_size: int | None) -> torch.Tensor:
         images = self._as_colour(images)
