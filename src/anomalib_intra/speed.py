@@ -181,11 +181,11 @@ def _matrix_rate(intra: InTra, dtype: torch.dtype) -> float:
     return best
 
 
-def _loop(model: InpaintingTransformer, windows: int = _WINDOWS_OF_THE_LOOP) -> None:
+def _loop(model: InpaintingTransformer) -> None:
     side = model.window_size
     origin = torch.ones(1, dtype=torch.long, device=model.inpaint_embedding.device)
     hidden = origin + side // 2
-    for _ in range(windows):
+    for _ in range(_WINDOWS_OF_THE_LOOP):
         patches = torch.rand(1, side, side, 3 * model.patch_size**2, device=origin.device)
         model.inpaint(patches, origin, origin, hidden, hidden)
 
