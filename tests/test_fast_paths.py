@@ -30,17 +30,23 @@ def test_bf16_moves_reconstructions_by_rounding_only() -> None:
     assert not torch.equal(rounded.float(), exact)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_bf16_casts_the_weights_once_for_all_batches_of_windows(mode) -> None:
+def test_bf16_casts_the_weights_once_for_all_batches_of_windows(mode, threads) -> None:
+    torch.set_num_threads(threads)
     model = InpaintingTransformer((64, 96), window_size=3, embed_dim=64, depth=4, num_heads=4).eval()
     images = torch.rand(2, 3, 64, 96)
     first_of_the_mlp = list(model.blocks[0].mlp.fc1.weight.shape)
     with (
         mode(),
         torch.autocast("cpu", torch.bfloat16, cache_enabled=False),  # as Lightning does
-        torch.profiler.profile(record_shapes=True) as profiler,
+        torch.profiler.profile(
+            record_shapes=True,
+            experimental_config=torch._C._profiler._ExperimentalConfig(profile_all_threads=True),
+        ) as profiler,
     ):
-        model.reconstruct(images, 4)  # in 12 batches
+        model.reconstruct(images, 6)  # in 8 or 24 batches
+    torch.set_num_threads(1)
     events = [event for event in profiler.events() if event.name == "aten::_to_copy"]
     assert sum(event.input_shapes[0] == first_of_the_mlp for event in events) == 4  # one in each block
 

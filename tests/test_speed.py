@@ -3,13 +3,15 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
-from anomalib_intra import cli
+from anomalib_intra import InTra, cli
+from anomalib_intra.ceiling import Ceiling
 from anomalib_intra.machine import forget_peak_memory, peak_memory_mib
 from anomalib_intra.speed import _flops_of_a_window, speed
 from anomalib_intra.torch_model import InpaintingTransformer
@@ -31,12 +33,43 @@ def test_work_that_is_saved_counts_as_done() -> None:
     assert _flops_of_a_window(whole) == _flops_of_a_window(saved)
 
 
+def processor(bf16: float) -> type[Ceiling]:
+    """Give the ceiling of a processor whose products in bf16 are so many times as fast as those in float32."""
+
+    class OfThisProcessor(Ceiling):
+        def __init__(self, intra: InTra, dtype: torch.dtype) -> None:
+            super().__init__(intra, torch.float32)
+            self.as_fast = bf16 if dtype == torch.bfloat16 else 1.0
+
+        def rate(self, seconds: float) -> float:
+            return self.as_fast * super().rate(seconds)
+
+    return OfThisProcessor
+
+
 def test_bf16_is_left_out_where_it_is_emulated(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("anomalib_intra.speed._matrix_rate", lambda _, dtype: 1e9 if dtype == torch.float32 else 4e8)
+    monkeypatch.setattr("anomalib_intra.speed.Ceiling", processor(bf16=0.4))
     table = speed(TINY, [32], [1], 1, "cpu")
     assert table["what"][table["precision"] == "bf16"].tolist() == ["matrix products"]
     assert (table["precision"] == "float32").sum() == 4
     assert "slower in bf16 than in float32" in capsys.readouterr().err
+
+
+def test_the_ceiling_counts_the_operations_of_a_product_and_their_seconds(monkeypatch) -> None:
+    asked = []
+
+    def slow_product(x: torch.Tensor, weight: torch.Tensor) -> None:
+        asked.append(2 * x.shape[0] * weight.numel())
+        time.sleep(0.02 if weight.shape == (128, 32) else 0.04)
+
+    monkeypatch.setattr("anomalib_intra.ceiling.linear", slow_product)
+    monkeypatch.setattr("anomalib_intra.ceiling._SECONDS_OF_A_PRODUCT", 0.05)
+    ceiling = Ceiling(InTra(**TINY, visualizer=False), torch.float32)
+    asked.clear()
+    rate = ceiling.rate(0.1)
+    # The largest of the fastest product's sizes, which the first block's MLP has: 64 windows of nine tokens.
+    assert set(asked) == {2 * 64 * 9 * 128 * 32}
+    assert 0.5 * asked[0] / 0.02 < rate <= asked[0] / 0.02
 
 
 def test_peak_memory_is_that_since_it_was_forgotten() -> None:
@@ -51,6 +84,7 @@ def test_peak_memory_is_that_since_it_was_forgotten() -> None:
 
 
 def test_whole_command(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("anomalib_intra.speed.Ceiling", processor(bf16=2.0))
     config = tmp_path / "speed.yaml"
     config.write_text(json.dumps({"model": TINY, "image_sizes": [32, 48], "batch_sizes": [1, 2], "training_steps": 2}))
     arguments = ["speed", "--config", str(config), "--output", str(tmp_path / "out" / "speed.json")]
@@ -62,10 +96,12 @@ def test_whole_command(tmp_path: Path, monkeypatch, capsys) -> None:
     }  # fmt: skip
     measured = rows[rows["what"] != "matrix products"]
     assert (measured["share_of_ceiling"] > 0).all()
-    share = measured["gflop_per_s"] / measured["precision"].map(
-        rows[rows["what"] == "matrix products"].set_index("precision")["gflop_per_s"]
-    )
+    share = measured["gflop_per_s"] / measured["ceiling_gflop_per_s"]
     assert share.to_numpy() == pytest.approx(measured["share_of_ceiling"].to_numpy())
+    for _, of_a_precision in measured.groupby("precision"):
+        share = of_a_precision.set_index("what")["share_of_ceiling"]
+        ratio = share["reconstruct"] / share["window by window"]
+        assert ratio.to_numpy() == pytest.approx(of_a_precision["times_the_loop"].dropna().to_numpy())
     reconstruct = rows[rows["what"] == "reconstruct"]
     windows = (reconstruct["image_size"] / 8) ** 2
     assert (1000 * windows / reconstruct["windows_per_s"]).to_numpy() == pytest.approx(

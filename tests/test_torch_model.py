@@ -331,7 +331,8 @@ def test_modules_of_pure_torch_import_neither_lightning_nor_anomalib(name):
         ("similarity", set()),
         ("loss", {"anomalib_intra.similarity"}),
         ("image_range", set()),
-        ("torch_model", {"anomalib_intra.grid", "anomalib_intra.attention", "anomalib_intra.image_range"}),
+        ("threads", set()),
+        ("torch_model", {f"anomalib_intra.{below}" for below in ("grid", "attention", "image_range", "threads")}),
     ],
 )
 def test_modules_of_pure_torch_import_only_those_below_them(name, allowed):

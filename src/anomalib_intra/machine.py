@@ -61,3 +61,13 @@ def forget_peak_memory(device: torch.device) -> None:
         return
     with suppress(OSError):  # not Linux, or not allowed: the peak is then that since the start
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a device has done what it was told.
+
+    Args:
+        device (torch.device): A device; there is nothing to wait for on a CPU.
+    """
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

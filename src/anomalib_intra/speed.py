@@ -5,29 +5,28 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import product
+from statistics import mean
 from typing import Any
 
 import torch
 from pandas import DataFrame
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomalib_intra.ceiling import Ceiling
 from anomalib_intra.draws import DrawLoader, Prepared
 from anomalib_intra.kept_memory import kept_memory
 from anomalib_intra.lightning_model import InTra
-from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib
+from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib, wait_for
 from anomalib_intra.torch_model import InpaintingTransformer
 
-#: Seconds for which each matrix product is repeated; the best repetition counts.
-_SECONDS_OF_A_PRODUCT = 1.0
-#: Inpainting is timed up to three times, and not again once that took so many seconds; the best time counts.
+#: What is timed is timed up to three times, and not again once that took so many seconds.
 _SECONDS_OF_A_MEASUREMENT = 20.0
-#: Windows whose matrix products are measured, beside those of a training step: reconstruction on a CPU takes as many.
-_WINDOWS_OF_A_PRODUCT = (32, 64)
+#: Before and after each, the ceiling is measured for this share of the time it takes, at least for so many seconds.
+_SHARE_OF_THE_CEILING = 0.1
+_SECONDS_OF_THE_CEILING = 0.2
 #: Windows that the plain loop inpaints, one after the other.
 _WINDOWS_OF_THE_LOOP = 24
 #: Images that training windows are drawn from.
@@ -43,10 +42,11 @@ def speed(
 ) -> DataFrame:
     """Measure reconstruction and training in float32 and bf16, all in one run.
 
-    Shares are ratios to the best rate of torch's matrix products at the model's own shapes. The work is counted as that
-    of every window computed alone and whole, so that work which is shared or saved counts as done. Where products in
-    bf16 do not even reach half the rate of float32, because the processor has no instructions for them, nothing else
-    is measured in bf16.
+    Shares are ratios to the rate of torch's matrix products at the model's own shapes: the fastest of them is timed
+    before and after each measurement, since a machine's clock and what else runs on it change from second to second.
+    The work is counted as that of every window computed alone and whole, so that work which is shared or saved counts
+    as done. Where products in bf16 do not even reach half the rate of float32, because the processor has no
+    instructions for them, nothing else is measured in bf16.
 
     Args:
         model (dict | None): Arguments of :class:`InTra`, ``compile_blocks`` among them; the paper's model without any.
@@ -57,8 +57,9 @@ def speed(
 
     Returns:
         DataFrame: A row for each measurement: ``what``, ``precision``, ``image_size``, ``batch_size``,
-        ``ms_per_image``, ``windows_per_s``, ``gflop_per_s``, ``share_of_ceiling``, ``times_the_loop`` and
-        ``peak_memory_mib`` (of the process on a CPU). ``attrs["device"]`` names the machine.
+        ``ms_per_image``, ``windows_per_s``, ``gflop_per_s``, ``ceiling_gflop_per_s`` beside it, ``share_of_ceiling``,
+        ``times_the_loop`` (the ratio of the shares) and ``peak_memory_mib`` (of the process on a CPU).
+        ``attrs["device"]`` names the machine.
 
     Example:
         >>> tiny = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -86,64 +87,75 @@ def _measurements(
     training_steps: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
-    ceilings: dict[str, float] = {}
-    for precision in ("float32", "bf16"):
+    rates: dict[str, float] = {}
+    for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         intra = _intra(arguments, image_sizes[0], device)
-        flops = _flops_of_a_window(_intra({**arguments, "compile_blocks": False}, image_sizes[0], device).model)
-        ceiling = _matrix_rate(intra, torch.float32 if precision == "float32" else torch.bfloat16)
-        ceilings[precision] = ceiling
-        yield {"what": "matrix products", "precision": precision, "gflop_per_s": ceiling / 1e9}
-        if ceiling < ceilings["float32"] / 2:
+        ceiling = Ceiling(intra, dtype)
+        rates[precision] = ceiling.rate(_SECONDS_OF_THE_CEILING)
+        yield {"what": "matrix products", "precision": precision, "gflop_per_s": rates[precision] / 1e9}
+        if rates[precision] < rates["float32"] / 2:
             return
 
-        row = partial(_row, device, precision, flops, ceiling)
-        best_seconds = partial(_best_seconds, device=device, first_compiles=intra.compile_blocks)
+        flops = _flops_of_a_window(_intra({**arguments, "compile_blocks": False}, image_sizes[0], device).model)
+        measure = partial(_measure, device, precision, flops, ceiling)
         autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
         # (in inference mode, the loop would cast all weights for every window)
         with torch.no_grad(), autocast():
-            forget_peak_memory(device)
-            seconds = best_seconds(partial(_loop, intra.model))
-            loop = _WINDOWS_OF_THE_LOOP / seconds
-            yield row("window by window", _WINDOWS_OF_THE_LOOP, seconds)
+            loop = measure("window by window", _WINDOWS_OF_THE_LOOP, partial(_seconds, device, _loop, intra.model))
+            yield loop
             for size in image_sizes:
                 model = _intra(arguments, size, device).model
                 for batch_size in batch_sizes:
                     images = torch.rand(batch_size, 3, size, size, device=device)
-                    forget_peak_memory(device)
-                    seconds = best_seconds(partial(model.reconstruct, images))
+                    if intra.compile_blocks:
+                        model.reconstruct(images)  # not timed: it compiles for these sizes
                     windows = batch_size * model.grid[0] * model.grid[1]
+                    row = measure("reconstruct", windows, partial(_seconds, device, model.reconstruct, images))
                     yield {
-                        **row("reconstruct", windows, seconds, image_size=size, batch_size=batch_size),
-                        "ms_per_image": 1000 * seconds / batch_size,
-                        "times_the_loop": windows / seconds / loop,
+                        **row,
+                        "image_size": size,
+                        "batch_size": batch_size,
+                        "ms_per_image": 1000 * windows / batch_size / row["windows_per_s"],
+                        "times_the_loop": row["share_of_ceiling"] / loop["share_of_ceiling"],
                     }
-        forget_peak_memory(device)
-        windows, seconds = time_training(intra, training_steps, device, autocast)
+        windows = training_steps * intra.window_batch_size
         # Backwards takes twice the work of forwards.
-        yield row("training step", windows, seconds, work=3, image_size=image_sizes[0])
+        row = measure("training step", windows, partial(time_training, intra, training_steps, device, autocast), work=3)
+        yield {**row, "image_size": image_sizes[0]}
 
 
-def _row(
+def _measure(
     device: torch.device,
     precision: str,
     flops: int,
-    ceiling: float,
+    ceiling: Ceiling,
     what: str,
     windows: int,
-    seconds: float,
+    seconds_of: Callable[[], float],
     work: int = 1,
-    **others: Any,
 ) -> dict[str, Any]:
+    forget_peak_memory(device)
+    seconds, ceiling_beside = _in_turns(seconds_of, ceiling)
     rate = windows * work * flops / seconds
     return {
         "what": what,
         "precision": precision,
-        **others,
         "windows_per_s": windows / seconds,
         "gflop_per_s": rate / 1e9,
-        "share_of_ceiling": rate / ceiling,
+        "ceiling_gflop_per_s": ceiling_beside / 1e9,
+        "share_of_ceiling": rate / ceiling_beside,
         "peak_memory_mib": peak_memory_mib(device),
     }
+
+
+def _in_turns(seconds_of: Callable[[], float], ceiling: Ceiling) -> tuple[float, float]:
+    """Measure up to three times, and the ceiling before, between and after: mean seconds and mean rate."""
+    rates = [ceiling.rate(_SECONDS_OF_THE_CEILING)]
+    measured: list[float] = []
+    while len(measured) < 3 and sum(measured) < _SECONDS_OF_A_MEASUREMENT:
+        measured.append(seconds_of())
+        rates.append(ceiling.rate(max(_SECONDS_OF_THE_CEILING, _SHARE_OF_THE_CEILING * measured[-1])))
+    return mean(measured), mean(rates)
 
 
 def _intra(arguments: dict[str, Any], size: int, device: torch.device) -> InTra:
@@ -166,21 +178,6 @@ def _flops_of_a_window(model: InpaintingTransformer) -> int:
     return counter.get_total_flops()
 
 
-def _matrix_rate(intra: InTra, dtype: torch.dtype) -> float:
-    """Find the best rate of the model's own matrix products, in floating-point operations a second."""
-    weights = {tuple(weight.shape) for block in intra.model.blocks for weight in block.parameters()}
-    windows = {*_WINDOWS_OF_A_PRODUCT, intra.window_batch_size}
-    best = 0.0
-    for shape, at_once in product([shape for shape in weights if len(shape) == 2], windows):
-        tokens = at_once * intra.window_size**2
-        weight, x = (torch.rand(*size, device=intra.device, dtype=dtype) for size in (shape, (tokens, shape[1])))
-        until = time.perf_counter() + _SECONDS_OF_A_PRODUCT
-        while time.perf_counter() < until:
-            seconds = _seconds(partial(linear, x, weight), intra.device)
-            best = max(best, 2 * tokens * shape[0] * shape[1] / seconds)
-    return best
-
-
 def _loop(model: InpaintingTransformer) -> None:
     side = model.window_size
     origin = torch.ones(1, dtype=torch.long, device=model.inpaint_embedding.device)
@@ -190,7 +187,7 @@ def _loop(model: InpaintingTransformer) -> None:
         model.inpaint(patches, origin, origin, hidden, hidden)
 
 
-def time_training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> tuple[int, float]:
+def time_training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> float:
     """Time training steps with Adam on random images, from drawing the windows to the changed weights.
 
     Args:
@@ -200,7 +197,7 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
         autocast (Callable): Makes a context of the precision, such as ``contextlib.nullcontext``.
 
     Returns:
-        tuple[int, float]: Windows of all steps, and seconds.
+        float: Seconds of all steps.
     """
     random: Any = torch.rand(_TRAINING_IMAGES, 3, *intra.image_size)  # as good as a Dataset
     images = DataLoader(random, generator=torch.Generator())
@@ -216,7 +213,7 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
     )
     optimizer = torch.optim.Adam(intra.model.parameters(), lr=intra.learning_rate)
     intra.train()
-    windows, started = 0, 0.0
+    started = 0.0
     with kept_memory(device):  # as in a training
         for number, batch in enumerate(loader):
             with autocast():
@@ -225,38 +222,22 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
             loss.backward()
             optimizer.step()
             if number == 0:
-                _wait(device)
+                wait_for(device)
                 started = time.perf_counter()
-            else:
-                windows += len(batch)
             if number == steps:
                 break
-        _wait(device)
+        wait_for(device)
         seconds = time.perf_counter() - started
     intra.eval()
-    return windows, seconds
+    return seconds
 
 
-def _best_seconds(work: Callable[[], Any], device: torch.device, first_compiles: bool) -> float:
-    if first_compiles:
-        work()
-    seconds = [_seconds(work, device)]
-    while len(seconds) < 3 and sum(seconds) < _SECONDS_OF_A_MEASUREMENT:
-        seconds.append(_seconds(work, device))
-    return min(seconds)
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    _wait(device)
+def _seconds(device: torch.device, work: Callable[..., Any], *arguments: Any) -> float:
+    wait_for(device)
     started = time.perf_counter()
-    work()
-    _wait(device)
+    work(*arguments)
+    wait_for(device)
     return time.perf_counter() - started
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def _short(value: Any) -> str:

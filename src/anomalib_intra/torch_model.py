@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inpainting transformer (sec. 3.1-3.3, eq. 3-5) and the reconstruction of whole images (sec. 3.5): pure torch."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -20,6 +21,7 @@ from anomalib_intra.grid import (
     windows_of_inference,
 )
 from anomalib_intra.image_range import check_range
+from anomalib_intra.threads import side_by_side
 
 
 class Reconstruction(NamedTuple):
@@ -126,6 +128,7 @@ class InpaintingTransformer(nn.Module):
     """
 
     blocks: Sequence[TransformerBlock]
+    _compiled = False
 
     def __init__(
         self,
@@ -186,6 +189,7 @@ class InpaintingTransformer(nn.Module):
         """Have torch.compile fuse what the blocks compute; all but the first, which is computed in parts."""
         for block in self.blocks[1:]:
             block.compile()
+        self._compiled = True
 
     def forward(self, images: torch.Tensor) -> Reconstruction:
         """Reconstruct images and hand them on with their originals.
@@ -206,8 +210,8 @@ class InpaintingTransformer(nn.Module):
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
-            window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Defaults to 32 on a
-                CPU, where larger batches are slower, to 64 there under autocast, and to 256 elsewhere.
+            window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Defaults to 32 for
+                each of torch's threads on a CPU, where each takes windows of its own, and to 256 elsewhere.
 
         Returns:
             torch.Tensor: Reconstructions of shape ``(B, 3, H, W)``, about in [0, 1], not clipped.
@@ -231,13 +235,15 @@ class InpaintingTransformer(nn.Module):
     def _reconstruct(self, images: torch.Tensor, window_batch_size: int | None) -> torch.Tensor:
         images = self._as_colour(images)
         self._check(images)
-        exporting = torch.compiler.is_compiling()
+        on_cpu, exporting = images.device.type == "cpu", torch.compiler.is_compiling()
+        alone = not on_cpu or exporting or torch.is_grad_enabled() or self._compiled
         if window_batch_size is None:
-            at_best_on_a_cpu = 64 if torch.is_autocast_enabled("cpu") else 32
-            window_batch_size = at_best_on_a_cpu if images.device.type == "cpu" and not exporting else 256
+            window_batch_size = 256 if not on_cpu or exporting else 32 * torch.get_num_threads()
         # (asking for the batch size, even to compare it, would tie an exported graph to it)
-        if not exporting and len(images) > window_batch_size:
-            return torch.cat([self._reconstruct(part, window_batch_size) for part in images.split(window_batch_size)])
+        threads = 1 if alone else min(torch.get_num_threads(), window_batch_size)
+        of_a_thread = window_batch_size // threads
+        if not exporting and len(images) > of_a_thread:
+            return torch.cat([self._reconstruct(part, window_batch_size) for part in images.split(of_a_thread)])
 
         # The projection of a patch is the same in every window, so it is done once per image (eq. 3). Global positions
         # make a whole token the same in every window, and so its queries, keys and values in the first block.
@@ -249,23 +255,27 @@ class InpaintingTransformer(nn.Module):
             seen = self.blocks[0].project(tokens + position)
             hidden = self.blocks[0].project(self.inpaint_embedding + position)
 
-        r, s, t, u = windows_of_inference(rows, columns, self.window_size, self.window_shift, images.device)
-
-        # An exported graph must not depend on the batch size.
-        at_once = window_batch_size if exporting else window_batch_size // batch
-        patches = []
-        inputs: Sequence[torch.Tensor]
-        for t_, u_, r_, s_ in zip(*(x.split(at_once) for x in (t, u, r, s)), strict=True):
-            place = self._place(r_, s_, t_, u_)
+        def inpaint(origins_and_places: Sequence[torch.Tensor]) -> torch.Tensor:
+            r, s, t, u = origins_and_places
+            place = self._place(r, s, t, u)
+            inputs: Sequence[torch.Tensor]
             if shared:
                 parts = zip(seen, hidden, strict=True)
-                inputs = [self._hide(self._cut(x, r_, s_), z[t_ - 1, u_ - 1], place) for x, z in parts]
+                inputs = [self._hide(self._cut(x, r, s), z[t - 1, u - 1], place) for x, z in parts]
             else:
-                windows = self._embed(self._cut(tokens, r_, s_), r_, s_, place)
-                inputs = self.blocks[0].project(windows)
+                inputs = self.blocks[0].project(self._embed(self._cut(tokens, r, s), r, s, place))
             inputs = [rearrange(x, "b p l d -> (b p) l d") for x in inputs]
             inpainted = self._inpaint(inputs, repeat(place, "p -> (b p)", b=batch))
-            patches.append(rearrange(inpainted, "(b p) d -> b p d", b=batch))
+            return rearrange(inpainted, "(b p) d -> b p d", b=batch)
+
+        windows = windows_of_inference(rows, columns, self.window_size, self.window_shift, images.device)
+        # An exported graph must not depend on the batch size.
+        at_once = of_a_thread if exporting else of_a_thread // batch
+        if threads > 1:  # as many pieces of work for each thread, all of about one size
+            of_each = math.ceil(len(windows[0]) / (threads * at_once))
+            at_once = math.ceil(len(windows[0]) / (threads * of_each))
+        pieces = zip(*(x.split(at_once) for x in windows), strict=True)
+        patches = side_by_side(inpaint, pieces, threads) if threads > 1 else [inpaint(piece) for piece in pieces]
         grid = reduce(torch.cat(patches, dim=1), "b (w n m) d -> b n m d", "mean", n=rows, m=columns)
         return unpatchify(grid, self.patch_size)
 

@@ -36,12 +36,13 @@ def forecast(fit: Fit, epochs: int) -> float:
     if trainer.get("precision") == "bf16-mixed":
         autocast = partial(torch.autocast, device.type, torch.bfloat16)
     model = copy.deepcopy(fit.model).to(device)
-    windows, seconds = time_training(model, 1, device, autocast)
+    steps, seconds = 1, time_training(model, 1, device, autocast)
     if seconds < _SECONDS:
-        windows, seconds = time_training(model, math.ceil(_SECONDS / seconds), device, autocast)
+        steps = math.ceil(_SECONDS / seconds)
+        seconds = time_training(model, steps, device, autocast)
 
     height, width = fit.model.model.grid
     trained = len(fit.datamodule.train_data) * fit.model.windows_per_image
     # A forward pass is a third of a training step.
     validated = len(fit.datamodule.val_data) * height * width / 3
-    return epochs * (trained + validated) * seconds / windows
+    return epochs * (trained + validated) * seconds / (steps * model.window_batch_size)
