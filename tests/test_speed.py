@@ -19,6 +19,12 @@ from anomalib_intra.torch_model import InpaintingTransformer
 TINY = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_batch_size": 8}
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    monkeypatch.setattr("anomalib_intra.ceiling._SECONDS_OF_A_TURN", 0.01)
+    monkeypatch.setattr("anomalib_intra.speed._SECONDS_OF_THE_CEILING", 0.02)
+
+
 def test_a_window_of_the_papers_model_costs_5_gflop() -> None:
     tokens, d, f = 49, 512, 256
     block = 2 * (d * 2 * d + 2 * d * f) + 2 * d * d + 2 * d * 4 * d  # q and k, v and output, MLP
@@ -48,7 +54,7 @@ def processor(bf16: float) -> type[Ceiling]:
 
 
 def test_bf16_is_left_out_where_it_is_emulated(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("anomalib_intra.speed.Ceiling", processor(bf16=0.4))
+    monkeypatch.setattr("anomalib_intra.speed.Ceiling", processor(bf16=0.1))
     table = speed(TINY, [32], [1], 1, "cpu")
     assert table["what"][table["precision"] == "bf16"].tolist() == ["matrix products"]
     assert (table["precision"] == "float32").sum() == 4
@@ -63,7 +69,6 @@ def test_the_ceiling_counts_the_operations_of_a_product_and_their_seconds(monkey
         time.sleep(0.02 if weight.shape == (128, 32) else 0.04)
 
     monkeypatch.setattr("anomalib_intra.ceiling.linear", slow_product)
-    monkeypatch.setattr("anomalib_intra.ceiling._SECONDS_OF_A_PRODUCT", 0.05)
     ceiling = Ceiling(InTra(**TINY, visualizer=False), torch.float32)
     asked.clear()
     rate = ceiling.rate(0.1)
