@@ -57,7 +57,7 @@ def test_bf16_is_left_out_where_it_is_emulated(monkeypatch, capsys) -> None:
     monkeypatch.setattr("anomalib_intra.speed.Ceiling", processor(bf16=0.1))
     table = speed(TINY, [32], [1], 1, "cpu")
     assert table["what"][table["precision"] == "bf16"].tolist() == ["matrix products"]
-    assert (table["precision"] == "float32").sum() == 4
+    assert (table["precision"] == "float32").sum() == 5
     assert "slower in bf16 than in float32" in capsys.readouterr().err
 
 
@@ -97,7 +97,8 @@ def test_whole_command(tmp_path: Path, monkeypatch, capsys) -> None:
     cli.main()
     rows = pd.DataFrame(json.loads((tmp_path / "out" / "speed.json").read_text()))
     assert rows.groupby("what").size().to_dict() == {
-        "matrix products": 2, "reconstruct": 8, "training step": 2, "window by window": 2,
+        "matrix products": 2, "reconstruct": 8, "window by window": 2,
+        "training step": 2, "training step, windows drawn before": 2,
     }  # fmt: skip
     measured = rows[rows["what"] != "matrix products"]
     assert (measured["share_of_ceiling"] > 0).all()

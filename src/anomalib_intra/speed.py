@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import repeat
 from statistics import mean
 from typing import Any
 
@@ -22,8 +23,8 @@ from anomalib_intra.lightning_model import InTra
 from anomalib_intra.machine import device_name, forget_peak_memory, peak_memory_mib, wait_for
 from anomalib_intra.torch_model import InpaintingTransformer
 
-#: What is timed is timed up to three times, and not again once that took so many seconds.
-_SECONDS_OF_A_MEASUREMENT = 20.0
+#: What is timed is timed up to so many times, and not again once that took so many seconds.
+_TURNS, _SECONDS_OF_A_MEASUREMENT = 10, 20.0
 #: Before and after each, the ceiling is measured for this share of the time it takes, at least for so many seconds.
 _SHARE_OF_THE_CEILING = 0.1
 _SECONDS_OF_THE_CEILING = 0.2
@@ -65,7 +66,7 @@ def speed(
         >>> tiny = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
         >>> table = speed({**tiny, "windows_per_image": 8, "window_batch_size": 8}, [64], [1], 1, "cpu")
         >>> sorted(table["what"].unique())
-        ['matrix products', 'reconstruct', 'training step', 'window by window']
+        ['matrix products', 'reconstruct', 'training step', 'training step, windows drawn before', 'window by window']
     """
     device = torch.device(device or (torch.accelerator.current_accelerator(check_available=True) or "cpu"))
     progress = Console(stderr=True)
@@ -91,7 +92,7 @@ def _measurements(
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         intra = _intra(arguments, image_sizes[0], device)
         ceiling = Ceiling(intra, dtype)
-        rates[precision] = ceiling.rate(_SECONDS_OF_THE_CEILING)
+        rates[precision] = ceiling.rate(10 * _SECONDS_OF_THE_CEILING)
         yield {"what": "matrix products", "precision": precision, "gflop_per_s": rates[precision] / 1e9}
         if rates[precision] < rates["float32"] / 2:
             return
@@ -119,9 +120,13 @@ def _measurements(
                         "times_the_loop": row["share_of_ceiling"] / loop["share_of_ceiling"],
                     }
         windows = training_steps * intra.window_batch_size
+        train = partial(time_training, intra, training_steps, device, autocast)
         # Backwards takes twice the work of forwards.
-        row = measure("training step", windows, partial(time_training, intra, training_steps, device, autocast), work=3)
-        yield {**row, "image_size": image_sizes[0]}
+        for what, seconds_of in (
+            ("training step", train),
+            ("training step, windows drawn before", partial(train, drawn_before=True)),
+        ):
+            yield {**measure(what, windows, seconds_of, work=3), "image_size": image_sizes[0]}
 
 
 def _measure(
@@ -149,10 +154,10 @@ def _measure(
 
 
 def _in_turns(seconds_of: Callable[[], float], ceiling: Ceiling) -> tuple[float, float]:
-    """Measure up to three times, and the ceiling before, between and after: mean seconds and mean rate."""
+    """Measure in turns with the ceiling: mean seconds and the mean rate of the ceiling before, between and after."""
     rates = [ceiling.rate(_SECONDS_OF_THE_CEILING)]
     measured: list[float] = []
-    while len(measured) < 3 and sum(measured) < _SECONDS_OF_A_MEASUREMENT:
+    while len(measured) < _TURNS and sum(measured) < _SECONDS_OF_A_MEASUREMENT:
         measured.append(seconds_of())
         rates.append(ceiling.rate(max(_SECONDS_OF_THE_CEILING, _SHARE_OF_THE_CEILING * measured[-1])))
     return mean(measured), mean(rates)
@@ -187,7 +192,9 @@ def _loop(model: InpaintingTransformer) -> None:
         model.inpaint(patches, origin, origin, hidden, hidden)
 
 
-def time_training(intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any]) -> float:
+def time_training(
+    intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any], drawn_before: bool = False
+) -> float:
     """Time training steps with Adam on random images, from drawing the windows to the changed weights.
 
     Args:
@@ -195,6 +202,8 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
         steps (int): Steps that are timed, after one that is not.
         device (torch.device): The device.
         autocast (Callable): Makes a context of the precision, such as ``contextlib.nullcontext``.
+        drawn_before (bool): Take the same windows in every step, drawn before the clock starts: what a step takes where
+            nothing waits for data.
 
     Returns:
         float: Seconds of all steps.
@@ -215,7 +224,8 @@ def time_training(intra: InTra, steps: int, device: torch.device, autocast: Call
     intra.train()
     started = 0.0
     with kept_memory(device):  # as in a training
-        for number, batch in enumerate(loader):
+        batches = repeat(next(iter(loader))) if drawn_before else loader
+        for number, batch in enumerate(batches):
             with autocast():
                 loss = intra.loss_of(batch)
             optimizer.zero_grad()
