@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,10 +31,18 @@ def test_bf16_moves_reconstructions_by_rounding_only() -> None:
     assert not torch.equal(rounded.float(), exact)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.fixture
+def threads(request) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-def test_bf16_casts_the_weights_once_for_all_batches_of_windows(mode, threads) -> None:
-    torch.set_num_threads(threads)
+def test_bf16_casts_the_weights_once_for_all_batches_of_windows(mode) -> None:
     model = InpaintingTransformer((64, 96), window_size=3, embed_dim=64, depth=4, num_heads=4).eval()
     images = torch.rand(2, 3, 64, 96)
     first_of_the_mlp = list(model.blocks[0].mlp.fc1.weight.shape)
@@ -46,7 +55,6 @@ def test_bf16_casts_the_weights_once_for_all_batches_of_windows(mode, threads) -
         ) as profiler,
     ):
         model.reconstruct(images, 6)  # in 8 or 24 batches
-    torch.set_num_threads(1)
     events = [event for event in profiler.events() if event.name == "aten::_to_copy"]
     assert sum(event.input_shapes[0] == first_of_the_mlp for event in events) == 4  # one in each block
 

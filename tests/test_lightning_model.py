@@ -361,12 +361,13 @@ def test_exported_torch_model_gives_the_same_scores(
 ) -> None:
     model, engine, datamodule, *_ = trained
     path = engine.export(model, "torch", export_root=tmp_path)
+    assert all(weight.requires_grad for weight in model.model.parameters())  # it can still be trained
     monkeypatch.setenv("TRUST_REMOTE_CODE", "1")
     inferencer = TorchInferencer(path, device="cpu")
     tested = scores_of(engine.predict(model, datamodule=datamodule))
     for name in ("000.png", "005.png"):
-        with torch.no_grad():
-            prediction = inferencer.predict(datamodule.root / "weave/test/scratch" / name)
+        prediction = inferencer.predict(datamodule.root / "weave/test/scratch" / name)
+        assert not prediction.anomaly_map.requires_grad  # though nothing switched gradients off
         assert prediction.pred_score.item() == pytest.approx(float(tested["scratch" + name]), abs=1e-6)
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rate of torch's matrix products at a model's own shapes: what anything else on the machine is measured by."""
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +26,9 @@ _SECONDS_BETWEEN_LOOKS = 0.01
 
 
 class _Product(NamedTuple):
-    compute: Callable[[], torch.Tensor]
-    operations: int
+    tokens: int
+    inputs: int
+    outputs: int
 
 
 class Ceiling:
@@ -44,12 +46,12 @@ class Ceiling:
     """
 
     def __init__(self, intra: InTra, dtype: torch.dtype) -> None:
-        self._device = intra.device
+        self._device, self._dtype = intra.device, dtype
         layers = {tuple(weight.shape) for block in intra.model.blocks for weight in block.parameters()}
         shapes = sorted(shape for shape in layers if len(shape) == 2)
         rates: dict[_Product, list[float]] = {
-            self._product(shape, windows * intra.window_size**2, dtype): []
-            for shape, windows in product(shapes, sorted({*_WINDOWS, intra.window_batch_size}))
+            _Product(windows * intra.window_size**2, inputs, outputs): []
+            for (outputs, inputs), windows in product(shapes, sorted({*_WINDOWS, intra.window_batch_size}))
         }
         for _, (candidate, measured) in product(range(_TURNS), rates.items()):
             measured.append(self._rate(candidate, _SECONDS_OF_A_TURN))
@@ -66,25 +68,22 @@ class Ceiling:
         """
         return self._rate(self._fastest, seconds)
 
-    def _product(self, shape: tuple[int, ...], tokens: int, dtype: torch.dtype) -> _Product:
-        outputs, inputs = shape
-        x, weight = (torch.rand(rows, inputs, device=self._device, dtype=dtype) for rows in (tokens, outputs))
-        return _Product(partial(linear, x, weight), 2 * tokens * inputs * outputs)
-
-    def _rate(self, matrix_product: _Product, seconds: float) -> float:
+    def _rate(self, size: _Product, seconds: float) -> float:
+        random = partial(torch.rand, device=self._device, dtype=self._dtype)
+        compute = partial(linear, random(size.tokens, size.inputs), random(size.outputs, size.inputs))
         with torch.no_grad():
-            self._timed(matrix_product, 1)  # not counted: the first call sets up what the others use
-            times = max(1, int(_SECONDS_BETWEEN_LOOKS / self._timed(matrix_product, 1)))
+            self._timed(compute, 1)  # not counted: the first call sets up what the others use
+            times = max(1, int(_SECONDS_BETWEEN_LOOKS / self._timed(compute, 1)))
             done, passed = 0, 0.0
             while passed < seconds:
-                passed += self._timed(matrix_product, times)
+                passed += self._timed(compute, times)
                 done += times
-        return matrix_product.operations * done / passed
+        return 2 * math.prod(size) * done / passed
 
-    def _timed(self, matrix_product: _Product, times: int) -> float:
+    def _timed(self, compute: Callable[[], torch.Tensor], times: int) -> float:
         wait_for(self._device)
         started = time.perf_counter()
         for _ in range(times):
-            matrix_product.compute()
+            compute()
         wait_for(self._device)
         return time.perf_counter() - started

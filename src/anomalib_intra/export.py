@@ -2,7 +2,7 @@
 """What anomalib's export lacks for models whose scores are computed from small differences."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,6 +22,25 @@ class CompleteExport(ExportMixin):
     scores are noise. INT8_PTQ is calibrated with training images, where anomalib takes the datamodule's validation
     images, which may be test images.
     """
+
+    def to_torch(self, *args: Any, **kwargs: Any) -> Path:
+        """Export to a file of torch whose weights ask for no gradients; anomalib's inferencer does not switch them off.
+
+        Args:
+            *args (Any): As for anomalib's ``to_torch``.
+            **kwargs (Any): The same.
+
+        Returns:
+            Path: The file.
+        """
+        trained = [weight for weight in cast("torch.nn.Module", self).parameters() if weight.requires_grad]
+        try:
+            for weight in trained:
+                weight.requires_grad_(False)
+            return super().to_torch(*args, **kwargs)
+        finally:
+            for weight in trained:
+                weight.requires_grad_(True)
 
     def to_onnx(
         self,

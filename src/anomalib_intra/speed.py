@@ -98,7 +98,7 @@ def _measurements(
             return
 
         flops = _flops_of_a_window(_intra({**arguments, "compile_blocks": False}, image_sizes[0], device).model)
-        measure = partial(_measure, device, precision, flops, ceiling)
+        measure = partial(_measure, device, precision, flops, ceiling, intra.compile_blocks or device.type != "cpu")
         autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
         # (in inference mode, the loop would cast all weights for every window)
         with torch.no_grad(), autocast():
@@ -108,8 +108,6 @@ def _measurements(
                 model = _intra(arguments, size, device).model
                 for batch_size in batch_sizes:
                     images = torch.rand(batch_size, 3, size, size, device=device)
-                    if intra.compile_blocks:
-                        model.reconstruct(images)  # not timed: it compiles for these sizes
                     windows = batch_size * model.grid[0] * model.grid[1]
                     row = measure("reconstruct", windows, partial(_seconds, device, model.reconstruct, images))
                     yield {
@@ -134,13 +132,23 @@ def _measure(
     precision: str,
     flops: int,
     ceiling: Ceiling,
+    first_sets_up: bool,
     what: str,
     windows: int,
     seconds_of: Callable[[], float],
     work: int = 1,
 ) -> dict[str, Any]:
-    forget_peak_memory(device)
-    seconds, ceiling_beside = _in_turns(seconds_of, ceiling)
+    if first_sets_up:  # by compiling, or loading what a device needs
+        seconds_of()
+    peaks: list[float | None] = []
+
+    def seconds_and_peak() -> float:
+        forget_peak_memory(device)
+        seconds = seconds_of()
+        peaks.append(peak_memory_mib(device))
+        return seconds
+
+    seconds, ceiling_beside = _in_turns(seconds_and_peak, ceiling)
     rate = windows * work * flops / seconds
     return {
         "what": what,
@@ -149,7 +157,7 @@ def _measure(
         "gflop_per_s": rate / 1e9,
         "ceiling_gflop_per_s": ceiling_beside / 1e9,
         "share_of_ceiling": rate / ceiling_beside,
-        "peak_memory_mib": peak_memory_mib(device),
+        "peak_memory_mib": max((peak for peak in peaks if peak is not None), default=None),
     }
 
 

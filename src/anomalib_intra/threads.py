@@ -7,6 +7,7 @@ the smaller the products are (docs/performance.md).
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 from typing import TypeVar
 
 import torch
@@ -17,10 +18,12 @@ Piece = TypeVar("Piece")
 def side_by_side(work: Callable[[Piece], torch.Tensor], pieces: Iterable[Piece], threads: int) -> list[torch.Tensor]:
     """Compute pieces of work on a CPU without gradients, each on one thread, in the caller's precision (autocast).
 
+    What else torch keeps for a thread (modes, its profiler, tracing) does not reach the work.
+
     Args:
         work (Callable): What is done with a piece.
         pieces (Iterable): The pieces.
-        threads (int): How many are in work at once.
+        threads (int): How many are in work at once. With one, they are computed here, one after the other.
 
     Returns:
         list[torch.Tensor]: Their results, in order.
@@ -29,8 +32,13 @@ def side_by_side(work: Callable[[Piece], torch.Tensor], pieces: Iterable[Piece],
         >>> side_by_side(torch.sum, [torch.ones(2), torch.ones(3)], threads=2)
         [tensor(2.), tensor(3.)]
     """
+    if threads == 1:
+        return [work(piece) for piece in pieces]
+    pieces = list(pieces)
+    threads = min(threads, len(pieces))
     all_threads = torch.get_num_threads()
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+    prepared = Barrier(threads + 1)
 
     def prepare() -> None:
         # What torch keeps for each thread by itself; the threads end with this function.
@@ -42,9 +50,15 @@ def side_by_side(work: Callable[[Piece], torch.Tensor], pieces: Iterable[Piece],
         torch.set_autocast_dtype("cpu", dtype)
         torch.set_autocast_cache_enabled(cached)
         torch.autocast_increment_nesting()  # else an autocast within the work would forget the casts when it ends
+        prepared.wait()
 
-    try:
-        with ThreadPoolExecutor(threads, initializer=prepare) as pool:
-            return list(pool.map(work, pieces))
-    finally:
-        torch.set_num_threads(all_threads)  # the number is also that of threads to come
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
+        try:
+            results = pool.map(work, pieces)
+            prepared.wait()
+        except BaseException:
+            prepared.abort()  # no thread waits for one that will not come
+            raise
+        finally:
+            torch.set_num_threads(all_threads)  # the last number set is that of all threads that come to torch later
+        return list(results)

@@ -128,7 +128,6 @@ class InpaintingTransformer(nn.Module):
     """
 
     blocks: Sequence[TransformerBlock]
-    _compiled = False
 
     def __init__(
         self,
@@ -189,7 +188,6 @@ class InpaintingTransformer(nn.Module):
         """Have torch.compile fuse what the blocks compute; all but the first, which is computed in parts."""
         for block in self.blocks[1:]:
             block.compile()
-        self._compiled = True
 
     def forward(self, images: torch.Tensor) -> Reconstruction:
         """Reconstruct images and hand them on with their originals.
@@ -210,8 +208,9 @@ class InpaintingTransformer(nn.Module):
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
-            window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Defaults to 32 for
-                each of torch's threads on a CPU, where each takes windows of its own, and to 256 elsewhere.
+            window_batch_size (int | None): Windows inpainted at once at most; bounds the memory. Without gradients,
+                torch's threads on a CPU share them out and inpaint them side by side. Defaults to 32 for each thread
+                there, 256 at most, and to 256 elsewhere.
 
         Returns:
             torch.Tensor: Reconstructions of shape ``(B, 3, H, W)``, about in [0, 1], not clipped.
@@ -236,11 +235,11 @@ class InpaintingTransformer(nn.Module):
         images = self._as_colour(images)
         self._check(images)
         on_cpu, exporting = images.device.type == "cpu", torch.compiler.is_compiling()
-        alone = not on_cpu or exporting or torch.is_grad_enabled() or self._compiled
-        if window_batch_size is None:
-            window_batch_size = 256 if not on_cpu or exporting else 32 * torch.get_num_threads()
         # (asking for the batch size, even to compare it, would tie an exported graph to it)
-        threads = 1 if alone else min(torch.get_num_threads(), window_batch_size)
+        threads = torch.get_num_threads() if on_cpu and not exporting and self._may_share_out(images) else 1
+        if window_batch_size is None:
+            window_batch_size = min(32 * threads, 256) if on_cpu and not exporting else 256
+        threads = min(threads, window_batch_size)
         of_a_thread = window_batch_size // threads
         if not exporting and len(images) > of_a_thread:
             return torch.cat([self._reconstruct(part, window_batch_size) for part in images.split(of_a_thread)])
@@ -275,9 +274,16 @@ class InpaintingTransformer(nn.Module):
             of_each = math.ceil(len(windows[0]) / (threads * at_once))
             at_once = math.ceil(len(windows[0]) / (threads * of_each))
         pieces = zip(*(x.split(at_once) for x in windows), strict=True)
-        patches = side_by_side(inpaint, pieces, threads) if threads > 1 else [inpaint(piece) for piece in pieces]
-        grid = reduce(torch.cat(patches, dim=1), "b (w n m) d -> b n m d", "mean", n=rows, m=columns)
+        patches = torch.cat(side_by_side(inpaint, pieces, threads), dim=1)
+        grid = reduce(patches, "b (w n m) d -> b n m d", "mean", n=rows, m=columns)
         return unpatchify(grid, self.patch_size)
+
+    def _may_share_out(self, images: torch.Tensor) -> bool:
+        """Whether threads may inpaint windows side by side: nothing is wanted of the work but its results."""
+        with_gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (images, *self.parameters()))
+        # Code that was compiled for all threads would be compiled anew for one.
+        compiled = any(block._compiled_call_impl is not None for block in self.blocks)
+        return not (with_gradients or compiled or torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
     def inpaint(
         self, windows: torch.Tensor, r: torch.Tensor, s: torch.Tensor, t: torch.Tensor, u: torch.Tensor
