@@ -23,7 +23,7 @@ def side_by_side(work: Callable[[Piece], torch.Tensor], pieces: Iterable[Piece],
     Args:
         work (Callable): What is done with a piece.
         pieces (Iterable): The pieces.
-        threads (int): How many are in work at once. With one, they are computed here, one after the other.
+        threads (int): How many are in work at once. One piece, or one at a time, is computed in the caller's thread.
 
     Returns:
         list[torch.Tensor]: Their results, in order.
@@ -32,10 +32,10 @@ def side_by_side(work: Callable[[Piece], torch.Tensor], pieces: Iterable[Piece],
         >>> side_by_side(torch.sum, [torch.ones(2), torch.ones(3)], threads=2)
         [tensor(2.), tensor(3.)]
     """
-    if threads == 1:
-        return [work(piece) for piece in pieces]
     pieces = list(pieces)
     threads = min(threads, len(pieces))
+    if threads <= 1:
+        return [work(piece) for piece in pieces]
     all_threads = torch.get_num_threads()
     autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
     prepared = Barrier(threads + 1)
