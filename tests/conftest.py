@@ -14,6 +14,7 @@ warnings.filterwarnings("ignore", category=FutureWarning)
 
 torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
 
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = {
     "image_size": (64, 64),
@@ -33,6 +34,15 @@ def only_local(address: object) -> None:
     if not is_local:
         msg = f"Tests must not use the network: connection to {address} refused."
         raise ConnectionRefusedError(msg)
+
+
+@pytest.fixture
+def torch_threads(request) -> Iterator[int]:
+    """Give torch as many threads as a test's parameter says, for that test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,16 +30,8 @@ def test_bf16_moves_reconstructions_by_rounding_only() -> None:
     assert not torch.equal(rounded.float(), exact)
 
 
-@pytest.fixture
-def threads(request) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("threads", [1, 3], indirect=True)
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("torch_threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 def test_bf16_casts_the_weights_once_for_all_batches_of_windows(mode) -> None:
     model = InpaintingTransformer((64, 96), window_size=3, embed_dim=64, depth=4, num_heads=4).eval()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from anomalib.data import PredictDataset
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
@@ -60,9 +59,9 @@ def test_memory_stays_flat_over_2000_steps(demo: TextureDemo, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("threads", [1, 3])
-def test_memory_stays_flat_over_500_predictions(demo: TextureDemo, tmp_path: Path, threads: int) -> None:
-    torch.set_num_threads(threads)
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("torch_threads", [1, 3], indirect=True)
+def test_memory_stays_flat_over_500_predictions(demo: TextureDemo, tmp_path: Path) -> None:
     model = tiny_intra()
     tiny_engine(tmp_path, max_epochs=1, logger=False).fit(model, datamodule=demo)
     images = PredictDataset(demo.root / "weave/test/good")
@@ -71,7 +70,6 @@ def test_memory_stays_flat_over_500_predictions(demo: TextureDemo, tmp_path: Pat
     tiny_engine(tmp_path / "p", callbacks=[watch], logger=False).predict(
         model, dataloaders=DataLoader(images, collate_fn=images.collate_fn), return_predictions=False
     )
-    torch.set_num_threads(1)
     print(f"\n500 predictions: {watch.mib[0]:.0f} to {watch.mib[-1]:.0f} MiB, {watch.growth():.1f} MiB per 1000")
     assert watch.at[-1] == 490
     assert watch.growth() < 5

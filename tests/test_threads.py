@@ -4,7 +4,6 @@
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,13 +11,7 @@ import torch
 from anomalib_intra.threads import side_by_side
 from anomalib_intra.torch_model import InpaintingTransformer
 
-
-@pytest.fixture(autouse=True)
-def three_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("torch_threads"), pytest.mark.parametrize("torch_threads", [3], indirect=True)]
 
 
 def small_model(**options) -> InpaintingTransformer:

@@ -140,15 +140,7 @@ def _measure(
 ) -> dict[str, Any]:
     if first_sets_up:  # by compiling, or loading what a device needs
         seconds_of()
-    peaks: list[float | None] = []
-
-    def seconds_and_peak() -> float:
-        forget_peak_memory(device)
-        seconds = seconds_of()
-        peaks.append(peak_memory_mib(device))
-        return seconds
-
-    seconds, ceiling_beside = _in_turns(seconds_and_peak, ceiling)
+    seconds, ceiling_beside, peak = _in_turns(device, seconds_of, ceiling)
     rate = windows * work * flops / seconds
     return {
         "what": what,
@@ -157,18 +149,23 @@ def _measure(
         "gflop_per_s": rate / 1e9,
         "ceiling_gflop_per_s": ceiling_beside / 1e9,
         "share_of_ceiling": rate / ceiling_beside,
-        "peak_memory_mib": max((peak for peak in peaks if peak is not None), default=None),
+        "peak_memory_mib": peak,
     }
 
 
-def _in_turns(seconds_of: Callable[[], float], ceiling: Ceiling) -> tuple[float, float]:
-    """Measure in turns with the ceiling: mean seconds and the mean rate of the ceiling before, between and after."""
+def _in_turns(
+    device: torch.device, seconds_of: Callable[[], float], ceiling: Ceiling
+) -> tuple[float, float, float | None]:
+    """Measure in turns with the ceiling: mean seconds, mean rate of the ceiling beside them, and peak memory."""
     rates = [ceiling.rate(_SECONDS_OF_THE_CEILING)]
     measured: list[float] = []
+    peaks: list[float | None] = []
     while len(measured) < _TURNS and sum(measured) < _SECONDS_OF_A_MEASUREMENT:
+        forget_peak_memory(device)
         measured.append(seconds_of())
+        peaks.append(peak_memory_mib(device))
         rates.append(ceiling.rate(max(_SECONDS_OF_THE_CEILING, _SHARE_OF_THE_CEILING * measured[-1])))
-    return mean(measured), mean(rates)
+    return mean(measured), mean(rates), max((peak for peak in peaks if peak is not None), default=None)
 
 
 def _intra(arguments: dict[str, Any], size: int, device: torch.device) -> InTra:

@@ -234,13 +234,14 @@ class InpaintingTransformer(nn.Module):
     def _reconstruct(self, images: torch.Tensor, window_batch_size: int | None) -> torch.Tensor:
         images = self._as_colour(images)
         self._check(images)
-        on_cpu, exporting = images.device.type == "cpu", torch.compiler.is_compiling()
-        # (asking for the batch size, even to compare it, would tie an exported graph to it)
-        threads = torch.get_num_threads() if on_cpu and not exporting and self._may_share_out(images) else 1
+        exporting = torch.compiler.is_compiling()  # for whatever device
+        on_cpu = images.device.type == "cpu" and not exporting
+        threads = torch.get_num_threads() if on_cpu and self._may_share_out(images) else 1
         if window_batch_size is None:
-            window_batch_size = min(32 * threads, 256) if on_cpu and not exporting else 256
+            window_batch_size = min(32 * threads, 256) if on_cpu else 256
         threads = min(threads, window_batch_size)
         of_a_thread = window_batch_size // threads
+        # (asking for the batch size, even to compare it, would tie an exported graph to it)
         if not exporting and len(images) > of_a_thread:
             return torch.cat([self._reconstruct(part, window_batch_size) for part in images.split(of_a_thread)])
 

@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 from lightning import seed_everything
 
 from anomalib_intra.benchmark.evaluation import METRICS, evaluator
-from anomalib_intra.machine import device_name, peak_memory_mib
+from anomalib_intra.machine import device_name, peak_memory_mib, wait_for
 from anomalib_intra.normal_images import SPLITS_FROM_TEST
 
 #: Keys of a model's entry beside those of every anomalib config.
@@ -234,7 +234,6 @@ def _ms_per_image(model: AnomalibModule, datamodule: AnomalibDataModule, engine:
         started = time.perf_counter()
         with engine.trainer.precision_plugin.forward_context():
             model(image)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        wait_for(device)
         times.append(time.perf_counter() - started)
     return 1000 * statistics.median(times[1:])  # the first run also sets things up
