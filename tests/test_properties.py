@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_intra.post_processor import InTraPostProcessor
-from anomalib_intra.torch_model import InpaintingTransformer, Reconstruction
+from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.intra.torch_model import InpaintingTransformer
 
 from .reference import reference_reconstruct
 

@@ -9,7 +9,7 @@ from anomalib.data.utils import read_image
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_intra import TextureDemo
-from anomalib_intra.batch import InTraBatch
+from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.metrics import PSNR
 from anomalib_intra.yardsticks import yardsticks
 

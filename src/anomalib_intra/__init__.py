@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """InTra, the Inpainting Transformer for Anomaly Detection (arXiv 2104.13897), and Patch-SVDD as anomalib models."""
 
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
+from anomalib_intra.components.visualizer import InTraVisualizer
 from anomalib_intra.data import MVTec, TextureDemo
-from anomalib_intra.lightning_model import InTra
+from anomalib_intra.intra.lightning_model import InTra
+from anomalib_intra.intra.torch_model import InpaintingTransformer
 from anomalib_intra.patch_svdd import PatchSVDD
-from anomalib_intra.post_processor import InTraPostProcessor
-from anomalib_intra.thresholds import UnsaturatedPostProcessor
-from anomalib_intra.torch_model import InpaintingTransformer
-from anomalib_intra.visualizer import InTraVisualizer
 
 __all__ = [
     "InTra",

@@ -17,12 +17,12 @@ from anomalib.cli.cli import main as anomalib_main
 from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 
-from anomalib_intra.ablations import ablations
 from anomalib_intra.benchmark import benchmark
-from anomalib_intra.map_options import OPTIONS, map_options
-from anomalib_intra.reproduce import reproduce
-from anomalib_intra.select_size import select_size
-from anomalib_intra.speed import speed
+from anomalib_intra.experiments.ablations import ablations
+from anomalib_intra.experiments.map_options import OPTIONS, map_options
+from anomalib_intra.experiments.reproduce import reproduce
+from anomalib_intra.experiments.select_size import select_size
+from anomalib_intra.experiments.speed import speed
 from anomalib_intra.yardsticks import yardsticks
 
 #: Exit code of a command that was given too little time, and goes on in the next call.

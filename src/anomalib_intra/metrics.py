@@ -8,7 +8,7 @@ from anomalib.data import ImageBatch
 from anomalib.metrics import AnomalibMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from anomalib_intra.batch import is_normal
+from anomalib_intra.components.batch import is_normal
 
 
 class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
@@ -22,7 +22,7 @@ class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
         **kwargs: As for anomalib's metrics.
 
     Example:
-        >>> from anomalib_intra.batch import InTraBatch
+        >>> from anomalib_intra.components.batch import InTraBatch
         >>> images = torch.full((2, 3, 8, 8), 0.5)
         >>> metric = PSNR()
         >>> metric.update(InTraBatch(image=images, reconstruction=images + 0.1, gt_label=torch.tensor([0, 1])))

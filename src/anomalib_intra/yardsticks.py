@@ -19,11 +19,11 @@ from einops import reduce
 from pandas import DataFrame
 from torch import nn
 
-from anomalib_intra.lightning_model import InTra
+from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.data.normal_images import NormalImages
+from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.metrics import PSNR
-from anomalib_intra.normal_images import NormalImages
-from anomalib_intra.post_processor import InTraPostProcessor
-from anomalib_intra.torch_model import Reconstruction
 
 
 class ConstantReconstruction(nn.Module):

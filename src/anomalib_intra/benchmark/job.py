@@ -18,7 +18,7 @@ from rich import print as rich_print
 from rich.markup import escape
 
 from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class, parse
-from anomalib_intra.whole_file import write_whole
+from anomalib_intra.training.whole_file import write_whole
 
 _KEYS = {"seed", "model", "data", "image_size"}
 

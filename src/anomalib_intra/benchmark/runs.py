@@ -19,8 +19,8 @@ from jsonargparse import ArgumentParser
 from lightning import seed_everything
 
 from anomalib_intra.benchmark.evaluation import METRICS, evaluator
-from anomalib_intra.machine import device_name, peak_memory_mib, wait_for
-from anomalib_intra.normal_images import SPLITS_FROM_TEST
+from anomalib_intra.benchmark.machine import device_name, peak_memory_mib, wait_for
+from anomalib_intra.data.normal_images import SPLITS_FROM_TEST
 
 #: Keys of a model's entry beside those of every anomalib config.
 MODEL_KEYS = {"class_path", "init_args", "name", "trainer", "backbone_weights", "pretrained"}

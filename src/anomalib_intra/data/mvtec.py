@@ -9,7 +9,7 @@ from anomalib.data.datasets.image.mvtecad import CATEGORIES
 from anomalib.data.utils import ValSplitMode
 from anomalib.data.utils.path import contains_non_printable_characters, is_path_too_long
 
-from anomalib_intra.normal_images import held_out_indices
+from anomalib_intra.data.normal_images import held_out_indices
 
 
 class MVTec(MVTecAD):

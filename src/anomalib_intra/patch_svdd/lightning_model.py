@@ -17,15 +17,15 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from torch import nn
 
-from anomalib_intra.batch import is_normal
-from anomalib_intra.command_line import as_commanded
-from anomalib_intra.drawn_module import DrawnModule
-from anomalib_intra.draws import DrawLoader
-from anomalib_intra.normal_images import NormalImages, Share
+from anomalib_intra.components.batch import is_normal
+from anomalib_intra.components.trained_module import DrawnModule
+from anomalib_intra.data.normal_images import NormalImages, Share
+from anomalib_intra.data.samples import DrawLoader
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
-from anomalib_intra.processes import gathered
+from anomalib_intra.training.command_line import as_commanded
+from anomalib_intra.training.processes import gathered
 
 
 class PatchSVDD(DrawnModule):

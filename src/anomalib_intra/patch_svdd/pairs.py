@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from einops import rearrange
 
-from anomalib_intra.draws import as_fractions
+from anomalib_intra.data.samples import as_fractions
 
 #: Side lengths K of the patches of both levels in pixels.
 SMALL_PATCH, BIG_PATCH = 32, 64

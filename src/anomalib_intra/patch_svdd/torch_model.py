@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn.functional import avg_pool2d, conv2d, leaky_relu, pad
 
-from anomalib_intra.image_range import check_range
+from anomalib_intra.data.image_range import check_range
 from anomalib_intra.patch_svdd.pairs import BIG_PATCH, SMALL_PATCH, LevelPairs, Pairs
 
 #: Distance between the patches of an image at inference, in pixels.

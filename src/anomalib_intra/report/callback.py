@@ -14,8 +14,8 @@ from anomalib.data import ImageBatch
 from anomalib.loggers.base import ImageLoggerBase
 from lightning.pytorch import Callback, Trainer
 
-from anomalib_intra.panels import draw_panels, side_by_side
 from anomalib_intra.report.page import render
+from anomalib_intra.report.panels import draw_panels, side_by_side
 from anomalib_intra.report.plots import training_curves
 from anomalib_intra.report.record import CaseList, Scored, TestRecord
 

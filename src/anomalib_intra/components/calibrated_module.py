@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the models of this package need before they score images: numbers from normal images, with the final weights."""
+
+import logging
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from anomalib import LearningType
+from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.models.components import AnomalibModule
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from rich.progress import track
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import Resize
+
+from anomalib_intra.components.batch import UnroundedBatch, is_normal
+from anomalib_intra.components.export import CompleteExport
+from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_normalization
+from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
+from anomalib_intra.data.image_files import check_image_files
+from anomalib_intra.data.image_range import check_range
+from anomalib_intra.data.normal_images import NormalImages
+from anomalib_intra.data.samples import Prepared
+
+logger = logging.getLogger(__name__)
+
+
+class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
+    """An anomalib model that is calibrated on normal images: when its training ends, or else before it is tested.
+
+    Args:
+        image_size (tuple[int, int]): Height and width to which images are resized.
+        pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
+        **components (Any): Post-processor, evaluator and visualizer, as for ``AnomalibModule``.
+
+    Raises:
+        ValueError: If the pre-processor normalizes.
+        TypeError: If the post-processor is of another kind than ``post_processor_kind``.
+    """
+
+    post_processor_kind: type[UnsaturatedPostProcessor] = UnsaturatedPostProcessor
+    batch_kind: type[UnroundedBatch] = UnroundedBatch
+
+    pre_processor: PreProcessor | None
+    post_processor: UnsaturatedPostProcessor
+
+    def __init__(self, image_size: tuple[int, int], pre_processor: PreProcessor | bool, **components: Any) -> None:
+        super().__init__(
+            # Checkpoints build the model before they restore the pre-processor, so the size must be given here.
+            pre_processor=self.configure_pre_processor(image_size) if pre_processor is True else pre_processor,
+            **components,
+        )
+        if type(self.pre_processor) is PreProcessor:
+            # anomalib's own loses the antialiasing of its transform where it is exported.
+            self.pre_processor = UnnormalizedPreProcessor(self.pre_processor.transform)
+        elif self.pre_processor is not None:
+            refuse_normalization(self.pre_processor)
+        if not isinstance(self.post_processor, self.post_processor_kind):
+            msg = (
+                f"{self.name} needs post_processor=True or a {self.post_processor_kind.__name__} (with "
+                "enable_normalization=False for raw scores): that of anomalib clamps scores, which moves AUROC."
+            )
+            raise TypeError(msg)
+        self.image_size = image_size
+
+    # ---- what a model decides ----------------------------------------------------------------------------------------
+
+    @property
+    def evaluated_at_once(self) -> int:
+        """Images in a batch of validation and calibration."""
+        return 1
+
+    @property
+    @abstractmethod
+    def is_calibrated(self) -> bool:
+        """Whether the model can score images."""
+
+    @abstractmethod
+    def calibrate(self, images: NormalImages) -> None:
+        """Compute from normal images what scoring needs, with the present weights.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+
+    @property
+    @abstractmethod
+    def not_calibrated(self) -> str:
+        """What a checkpoint without calibration lacks, for a warning."""
+
+    # ---- components --------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def configure_pre_processor(image_size: tuple[int, int] | None = None) -> PreProcessor:
+        """Resize only: images stay in [0, 1].
+
+        Args:
+            image_size (tuple[int, int] | None): Height and width. Defaults to ``(256, 256)``.
+
+        Returns:
+            PreProcessor: The pre-processor.
+        """
+        return UnnormalizedPreProcessor(Resize(image_size or (256, 256), antialias=True))
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Thresholds, and scores that are not clamped.
+
+        Returns:
+            PostProcessor: Of the model's kind.
+        """
+        return self.post_processor_kind()
+
+    @property
+    def learning_type(self) -> LearningType:
+        """The model learns from normal images alone."""
+        return LearningType.ONE_CLASS
+
+    # ---- test and prediction -----------------------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """Make sure that images and model are fit for validation outside training."""
+        if self.trainer.state.fn != "fit":
+            check_image_files(self.trainer.val_dataloaders)
+            self._ensure_calibrated()
+
+    def on_test_start(self) -> None:
+        """Make sure that images and model are fit for a test."""
+        check_image_files(self.trainer.test_dataloaders)
+        self._ensure_calibrated()
+
+    def on_predict_start(self) -> None:
+        """Make sure that images and model are fit for prediction."""
+        check_image_files(self.trainer.predict_dataloaders)
+        self._ensure_calibrated()
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Turn image batches into those of the model, which keep what anomalib's would round or drop."""
+        del dataloader_idx
+        if isinstance(batch, ImageBatch) and not isinstance(batch, self.batch_kind):
+            return self.batch_kind.of(batch)
+        return batch
+
+    def predict_step(self, batch: UnroundedBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+        """Do with a batch what a test step does.
+
+        Args:
+            batch (UnroundedBatch): Batch of images.
+            batch_idx (int): Number of the batch.
+            dataloader_idx (int): Unused.
+
+        Returns:
+            STEP_OUTPUT: The batch.
+        """
+        del dataloader_idx
+        return self.test_step(batch, batch_idx)
+
+    # ---- calibration -------------------------------------------------------------------------------------------------
+
+    def _ensure_calibrated(self) -> None:
+        datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+        if self.is_calibrated or datamodule is None:
+            return  # without a datamodule, the model says what is missing
+        logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
+        val_loader = datamodule.val_dataloader() if has_validation_images(datamodule) else None
+        self._calibrate(self._sort_out(datamodule.train_dataloader(), val_loader))
+
+    @torch.no_grad()
+    def _calibrate(self, images: NormalImages) -> None:
+        was_training = self.training
+        self.eval()
+        self.calibrate(images)
+        self.train(was_training)
+
+    def on_device(self, batch: ImageBatch) -> ImageBatch:
+        """Bring a batch of a calibration loader to where and what a test step gets.
+
+        Args:
+            batch (ImageBatch): Batch as it was loaded.
+
+        Returns:
+            ImageBatch: The batch on the model's device, pre-processed.
+        """
+        batch = self.on_after_batch_transfer(self.transfer_batch_to_device(batch, self.device, 0), 0)
+        if self.pre_processor is not None and self.pre_processor.transform:
+            batch.image, batch.gt_mask = self.pre_processor.transform(batch.image, batch.gt_mask)
+        return batch
+
+    # ---- images ------------------------------------------------------------------------------------------------------
+
+    def _sort_out(self, train_loader: Any, val_loader: Any) -> NormalImages:
+        for loader in (train_loader, val_loader):
+            if loader is not None and not isinstance(loader, DataLoader):
+                msg = f"{self.name} takes one DataLoader for training and one for validation, not {type(loader)}."
+                raise TypeError(msg)
+        check_image_files([train_loader, val_loader])
+        transform = self.pre_processor.transform if self.pre_processor is not None else None
+        return NormalImages.of(
+            train_loader,
+            val_loader,
+            self.trainer.datamodule,  # type: ignore[attr-defined]  # set by Lightning
+            resize=transform,
+            evaluated_at_once=self.evaluated_at_once,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def prepare(self, batch: ImageBatch) -> Prepared:
+        """Bring a batch of training images to the model's device and size.
+
+        Args:
+            batch (ImageBatch): Batch of images.
+
+        Returns:
+            Prepared: Its normal images in [0, 1], shape ``(B, 3, H, W)``, and their paths.
+
+        Raises:
+            ValueError: If they are of another size or range.
+        """
+        normal = is_normal(batch)
+        images = torch.as_tensor(batch.image)[normal].to(self.device)
+        if self.pre_processor is not None and self.pre_processor.transform:
+            images = self.pre_processor.transform(images)
+        check_range(images)
+        if tuple(images.shape[-2:]) != self.image_size:
+            msg = (
+                f"Training images are {images.shape[-2]} x {images.shape[-1]} pixels after the pre-processor, but "
+                f"image_size is {self.image_size[0]} x {self.image_size[1]}: make both the same."
+            )
+            raise ValueError(msg)
+        paths = batch.image_path or ["an image without a path"] * len(normal)
+        return Prepared(images, [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
+
+    def mean_of_all(self, total: torch.Tensor, count: int) -> torch.Tensor:
+        """Average over the images of all processes of a run.
+
+        Args:
+            total (torch.Tensor): Sum over the images of this process.
+            count (int): How many they are.
+
+        Returns:
+            torch.Tensor: The mean, the same in every process; NaN where there are no images.
+        """
+        counted = torch.tensor(float(count), device=total.device)
+        return self.trainer.strategy.reduce(total, reduce_op="sum") / self.trainer.strategy.reduce(
+            counted, reduce_op="sum"
+        )
+
+    def mean_training_image(self, images: NormalImages) -> torch.Tensor:
+        """Average the training images.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+
+        Returns:
+            torch.Tensor: Their mean, shape ``(3, H, W)``.
+        """
+        total, count = torch.zeros(3, *self.image_size, device=self.device), 0
+        for batch in track(images.statistics, "Mean training image"):
+            prepared = self.prepare(batch).images
+            total += prepared.sum(dim=0)
+            count += len(prepared)
+        return self.mean_of_all(total, count)
+
+
+def has_validation_images(datamodule: Any) -> bool:
+    """Tell whether a datamodule can make a loader of validation images.
+
+    Args:
+        datamodule (Any): Datamodule that was set up. With ``val_split_mode=none``, those of anomalib fail to make one.
+
+    Returns:
+        bool: Whether it has some.
+    """
+    return not isinstance(datamodule, AnomalibDataModule) or hasattr(datamodule, "val_data")

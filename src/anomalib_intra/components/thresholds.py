@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From raw scores and maps to decisions, without saturation: thresholds and normalized scores of any model."""
+
+import math
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from anomalib_intra.components.batch import is_normal
+from anomalib_intra.training.processes import gathered
+
+# Normalization takes smaller thresholds as this one (decisions do not): zero, of constant images, would divide by zero,
+# and far below it float64 no longer tells scores near 1 apart.
+_SMALLEST_THRESHOLD = 1e-7
+
+
+class _Observed:
+    """Raw values (of images, or of their pixels), with the truth about them where it is known, on the CPU."""
+
+    def __init__(self) -> None:
+        self._values: list[torch.Tensor] = []
+        self._truth: list[torch.Tensor] = []
+        self._normal: list[torch.Tensor] = []
+
+    def add(self, values: torch.Tensor, truth: torch.Tensor | None, is_normal: torch.Tensor) -> None:
+        """Add the values of a batch; ``is_normal`` tells which images are."""
+        self._normal.append(values[is_normal].flatten().cpu())
+        if truth is not None:
+            self._values.append(values.flatten().cpu())
+            self._truth.append(truth.flatten().int().cpu())
+
+    def all(self) -> Iterator[torch.Tensor]:
+        """Give the values whose truth is known, that truth, and the values of normal images."""
+        for parts, kind in ((self._values, torch.float32), (self._truth, torch.int32), (self._normal, torch.float32)):
+            yield torch.cat([torch.empty(0, dtype=kind), *parts])
+
+
+class UnsaturatedPostProcessor(PostProcessor):
+    """Thresholds and normalization for raw scores and maps that are not negative.
+
+    Normalization maps a raw score x to ``x / (x + threshold)``: 0.5 at the threshold, always below 1, and strictly
+    increasing. It is computed in float64 (float32 on devices without it), so that scores are tied after it only if
+    they were before. Thresholds below 1e-7 are normalized as 1e-7; decisions always use the threshold itself. Called
+    directly or exported, scores are rounded to float32.
+
+    Thresholds are those of the best F1 score where the validation images hold labelled anomalies, and otherwise
+    quantiles of the held-out normal images.
+
+    Args:
+        enable_normalization (bool): Normalize scores and maps; False gives the raw ones.
+        enable_thresholding (bool): Predict labels and masks.
+        image_sensitivity (float): Sensitivity of image decisions in (0, 1); at the default of 0.5 the threshold itself
+            decides, higher values call more images anomalous.
+        pixel_sensitivity (float): The same for pixels.
+        image_quantile (float): Share of held-out normal images at or below the image threshold.
+        pixel_quantile (float): Share of their pixels at or below the pixel threshold.
+
+    Example:
+        >>> post_processor = UnsaturatedPostProcessor(enable_normalization=False)
+        >>> raw = InferenceBatch(pred_score=torch.tensor([0.25]), anomaly_map=torch.ones(1, 1, 2, 2))
+        >>> post_processor(raw).pred_score
+        tensor([0.2500])
+    """
+
+    def __init__(
+        self,
+        enable_normalization: bool = True,
+        enable_thresholding: bool = True,
+        image_sensitivity: float = 0.5,
+        pixel_sensitivity: float = 0.5,
+        image_quantile: float = 0.99,
+        pixel_quantile: float = 0.999,
+    ) -> None:
+        super().__init__(
+            enable_normalization=enable_normalization,
+            enable_thresholding=enable_thresholding,
+            image_sensitivity=image_sensitivity,
+            pixel_sensitivity=pixel_sensitivity,
+        )
+        self.image_quantile = image_quantile
+        self.pixel_quantile = pixel_quantile
+        self._forget()
+
+    @property
+    def _checkpoint_config_keys(self) -> tuple[str, ...]:
+        return (*super()._checkpoint_config_keys, "image_quantile", "pixel_quantile")
+
+    # ---- calibration -------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Forget the thresholds: they belong to weights that are about to change."""
+        self._image_threshold.fill_(torch.nan)
+        self._pixel_threshold.fill_(torch.nan)
+        self._forget()
+
+    def observe(self, batch: ImageBatch) -> None:
+        """Collect raw scores and maps of images to set thresholds on.
+
+        Args:
+            batch (ImageBatch): Batch with raw scores and maps and, where known, labels and masks.
+        """
+        assert batch.pred_score is not None
+        assert batch.anomaly_map is not None
+        normal = is_normal(batch)
+        self._anomalies_seen |= not bool(normal.all())
+        self._images.add(batch.pred_score, batch.gt_label, normal)
+        self._pixels.add(batch.anomaly_map, batch.gt_mask, normal)
+
+    def set_thresholds(self) -> None:
+        """Set the thresholds from all images observed since the last call."""
+        some_anomalous = bool(gathered(self._image_threshold.new_tensor([float(self._anomalies_seen)])).any())
+        for threshold, metric, observed, quantile in (
+            (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile),
+            (self._pixel_threshold, self._pixel_threshold_metric, self._pixels, self.pixel_quantile),
+        ):
+            values, truth, normal = (gathered(part.to(threshold.device)) for part in observed.all())
+            if some_anomalous and len(values):
+                batch: Any = SimpleNamespace(**dict(zip(metric.fields, (values, truth), strict=True)))
+                metric.update(batch)
+                threshold.copy_(metric.compute())
+                metric.reset()
+            elif len(normal):
+                # NumPy, since torch.quantile takes no more than 16 million values.
+                threshold.fill_(float(np.quantile(normal.cpu().numpy(), quantile)))
+        self._forget()
+
+    def _forget(self) -> None:
+        self._anomalies_seen = False
+        self._images = _Observed()
+        self._pixels = _Observed()
+
+    # ---- inference ---------------------------------------------------------------------------------------------------
+
+    def forward(self, predictions: InferenceBatch) -> InferenceBatch:
+        """Turn raw scores and maps into normalized ones and decisions.
+
+        Args:
+            predictions (InferenceBatch): Raw scores ``(B,)`` and maps ``(B, 1, H, W)``.
+
+        Returns:
+            InferenceBatch: Scores, maps in float32, labels and masks.
+        """
+        scores, maps, labels, masks = self._decide(predictions.pred_score, predictions.anomaly_map)
+        return InferenceBatch(pred_score=scores.float(), pred_label=labels, anomaly_map=maps.float(), pred_mask=masks)
+
+    def post_process_batch(self, batch: ImageBatch) -> None:
+        """Do the same with a batch, in place.
+
+        Args:
+            batch (ImageBatch): Batch with raw scores and maps; gets normalized ones, labels and masks.
+        """
+        scores, maps, labels, masks = self._decide(batch.pred_score, batch.anomaly_map)
+        batch.update(pred_score=scores, anomaly_map=maps, pred_label=labels, pred_mask=masks)
+
+    def _decide(
+        self, scores: torch.Tensor | None, maps: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        assert scores is not None
+        assert maps is not None
+        labels = masks = None
+        if self.enable_thresholding:
+            labels = self._exceeds(scores, self.image_threshold, self.image_sensitivity)
+            masks = self._exceeds(maps, self.pixel_threshold, self.pixel_sensitivity)
+        if self.enable_normalization:
+            scores = self._normalize(scores, self.image_threshold)
+            maps = self._normalize(maps, self.pixel_threshold)
+        return scores, maps, labels, masks
+
+    @staticmethod
+    def _exceeds(raw: torch.Tensor, threshold: torch.Tensor, sensitivity: float) -> torch.Tensor:
+        # x / (x + threshold) > 1 - sensitivity, solved for x: decisions do not depend on normalization.
+        return raw * sensitivity > threshold * (1 - sensitivity)
+
+    @staticmethod
+    def _normalize(raw: torch.Tensor, threshold: torch.Tensor) -> torch.Tensor:
+        # An exported model rounds to float32 anyway, and OpenVINO, which has no float64, would take a rounding for
+        # nothing and mix up the names of the outputs.
+        if raw.device.type != "mps" and not torch.compiler.is_compiling():
+            raw, threshold = raw.double(), threshold.double()
+        threshold = threshold.clamp(min=_SMALLEST_THRESHOLD)
+        return torch.where(torch.isnan(threshold), raw, raw / (raw + threshold))
+
+    # ---- what pictures and reports need ------------------------------------------------------------------------------
+
+    #: What raw maps are multiplied by to be shown; None puts the threshold at half of the scale.
+    raw_display_scale: float | None = None
+
+    @property
+    def display_scale(self) -> float:
+        """What the maps that come out are multiplied by to be shown from 0 to 1: one value for a whole run."""
+        threshold = float(self.pixel_threshold)
+        if self.enable_normalization and not math.isnan(threshold):
+            return 1.0  # normalized, which puts the threshold at 0.5
+        return self.raw_display_scale or (0.5 / threshold if threshold > 0 else 1.0)
+
+    @property
+    def decision_threshold(self) -> float | None:
+        """The score above which an image is called anomalous, on the scale of the scores that come out.
+
+        None where nothing is decided: thresholding is off, or no threshold was ever set.
+        """
+        threshold = float(self.image_threshold)
+        if not self.enable_thresholding or math.isnan(threshold):
+            return None
+        allowed = 1 - self.image_sensitivity
+        return allowed if self.enable_normalization else threshold * allowed / self.image_sensitivity
+
+    # ---- callback ----------------------------------------------------------------------------------------------------
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Collect scores for thresholds, unless the model is being trained and has no training mean yet."""
+        del pl_module, args, kwargs
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.observe(outputs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the thresholds anew, unless the model is being trained."""
+        del pl_module
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.set_thresholds()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rate of torch's matrix products at a model's own shapes: what anything else on the machine is measured by."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import linear
+
+from anomalib_intra.benchmark.machine import wait_for
+from anomalib_intra.intra.lightning_model import InTra
+
+#: To find the fastest product, all are measured in turns, several times for so many seconds each.
+_TURNS = 5
+_SECONDS_OF_A_TURN = 0.1
+#: Windows that the products are those of, beside those of a training step: on a CPU, reconstruction takes 32 at a time
+#: for each thread.
+_WINDOWS = (32, 64)
+#: Products are repeated for so many seconds before the clock is asked, since a device is waited for then.
+_SECONDS_BETWEEN_LOOKS = 0.01
+
+
+class _Product(NamedTuple):
+    tokens: int
+    inputs: int
+    outputs: int
+
+
+class Ceiling:
+    """The fastest of the matrix products of a model's linear layers, by the rate it sustains.
+
+    Args:
+        intra (InTra): Model on a device.
+        dtype (torch.dtype): Precision of the products.
+
+    Example:
+        >>> from anomalib_intra import InTra
+        >>> ceiling = Ceiling(InTra(embed_dim=32, depth=1, num_heads=2, visualizer=False), torch.float32)
+        >>> ceiling.rate(seconds=0.1) > 1e9
+        True
+    """
+
+    def __init__(self, intra: InTra, dtype: torch.dtype) -> None:
+        self._device, self._dtype = intra.device, dtype
+        layers = {tuple(weight.shape) for block in intra.model.blocks for weight in block.parameters()}
+        shapes = sorted(shape for shape in layers if len(shape) == 2)
+        rates: dict[_Product, list[float]] = {
+            _Product(windows * intra.window_size**2, inputs, outputs): []
+            for (outputs, inputs), windows in product(shapes, sorted({*_WINDOWS, intra.window_batch_size}))
+        }
+        for _, (candidate, measured) in product(range(_TURNS), rates.items()):
+            measured.append(self._rate(candidate, _SECONDS_OF_A_TURN))
+        self._fastest = max(rates, key=lambda candidate: median(rates[candidate]))
+
+    def rate(self, seconds: float) -> float:
+        """Measure how fast it is now.
+
+        Args:
+            seconds (float): For how long it is measured.
+
+        Returns:
+            float: Floating-point operations a second.
+        """
+        return self._rate(self._fastest, seconds)
+
+    def _rate(self, size: _Product, seconds: float) -> float:
+        random = partial(torch.rand, device=self._device, dtype=self._dtype)
+        compute = partial(linear, random(size.tokens, size.inputs), random(size.outputs, size.inputs))
+        with torch.no_grad():
+            self._timed(compute, 1)  # not counted: the first call sets up what the others use
+            times = max(1, int(_SECONDS_BETWEEN_LOOKS / self._timed(compute, 1)))
+            done, passed = 0, 0.0
+            while passed < seconds:
+                passed += self._timed(compute, times)
+                done += times
+        return 2 * math.prod(size) * done / passed
+
+    def _timed(self, compute: Callable[[], torch.Tensor], times: int) -> float:
+        wait_for(self._device)
+        started = time.perf_counter()
+        for _ in range(times):
+            compute()
+        wait_for(self._device)
+        return time.perf_counter() - started

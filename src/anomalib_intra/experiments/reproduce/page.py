@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a reproduced category: its figures beside the yardsticks and the paper's, and how they came about."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pandas import DataFrame
+
+from anomalib_intra.benchmark.published import published
+from anomalib_intra.benchmark.report import markdown
+from anomalib_intra.report.plots import training_curves
+
+_COLUMNS = {
+    "image_AUROC": "image AUROC",
+    "pixel_AUROC": "pixel AUROC",
+    "pixel_AUPRO": "AUPRO",
+    "good_PSNR": "PSNR of good images (dB)",
+}
+
+
+def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folder: Path) -> Path:
+    """Write ``result.md`` and ``losses.png``.
+
+    Args:
+        result (dict): What :func:`~anomalib_intra.experiments.reproduce.reproduce` found.
+        losses (Sequence[dict]): Losses of every epoch, as in ``InTra.losses``.
+        folder (Path): Folder.
+
+    Returns:
+        Path: The page.
+    """
+    curves = training_curves(losses)
+    if curves is not None:
+        curves.savefig(folder / "losses.png", dpi=120)
+    init = result["settings"]["model"].get("init_args", {})
+    text = f"""# {result["category"]}
+
+{_extent(result)}
+
+{markdown(figures(result), digits=[3, 3, 3, 1])}
+
+- {result["parameters"] / 1e6:.2f} million parameters, seed {result["settings"]["seed_everything"]}, precision \
+{result["settings"]["trainer"].get("precision") or "32-true"}.
+- {_time(result["slices"])}
+- Weights of epoch {_best(losses)}, the one with the lowest validation loss. No test image was seen before the test.
+- With anomalib {version("anomalib")}, anomalib-intra {version("anomalib-intra")}, torch {version("torch")}.
+
+![Training and validation loss](losses.png)
+
+Arguments of the model:
+
+```yaml
+{yaml.safe_dump({key: value for key, value in init.items() if not isinstance(value, dict)}, sort_keys=False).strip()}
+```
+"""
+    (folder / "result.md").write_text(text, encoding="utf-8")
+    return folder / "result.md"
+
+
+def figures(result: dict[str, Any]) -> DataFrame:
+    """Set the figures of a run beside those of the yardsticks and the paper.
+
+    Args:
+        result (dict): What :func:`~anomalib_intra.experiments.reproduce.reproduce` found.
+
+    Returns:
+        DataFrame: A row for each; image and pixel AUROC and AUPRO in 0 .. 1, PSNR in dB; NaN where there is none.
+    """
+    rows = {"this run": result["metrics"], **result["yardsticks"]}
+    paper = {metric: published(metric)["InTra"] for metric in ("image_AUROC", "pixel_AUROC")}
+    if result["category"] in paper["image_AUROC"]:
+        rows["the paper"] = {metric: column[result["category"]] / 100 for metric, column in paper.items()}
+    table = DataFrame.from_dict(rows, orient="index").reindex(columns=list(_COLUMNS))
+    return table.astype(float).rename(columns=_COLUMNS)
+
+
+def _extent(result: dict[str, Any]) -> str:
+    trained = f"{result['epochs']} epochs, {result['windows']:,} windows"
+    if result["ended_by_itself"]:
+        return f"Trained for {trained}, until the validation loss had stopped improving."
+    return f"Trained for {trained}; **not until the validation loss had stopped improving**: more may do better."
+
+
+def _time(slices: Sequence[dict[str, Any]]) -> str:
+    total = timedelta(seconds=round(sum(one["seconds"] for one in slices)))
+    devices = " and ".join(dict.fromkeys(one["device"] for one in slices))
+    return f"Training and validation took {total} in {len(slices)} slice{'s' * (len(slices) > 1)} on {devices}."
+
+
+def _best(losses: Sequence[dict[str, float]]) -> int:
+    return int(min((row for row in losses if "val_loss" in row), key=lambda row: row["val_loss"])["epoch"])

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A long training in slices: how long it has taken so far, and when a slice is over."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from anomalib_intra.benchmark.machine import device_name
+from anomalib_intra.training.whole_file import write_whole
+
+
+def read_slices(path: Path) -> list[dict[str, Any]]:
+    """Read what :class:`Slice` has written.
+
+    Args:
+        path (Path): JSON file; it need not exist.
+
+    Returns:
+        list[dict]: A row for each slice: ``device``, ``seconds``, ``epochs`` (all that were done at its end).
+
+    Example:
+        >>> read_slices(Path("there/is/none.json"))
+        []
+    """
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+
+class Slice(Callback):
+    """Writes down how long a slice of a training takes, and stops it when its time is up.
+
+    It stops as Ctrl-C does: the step is ended and ``last.ckpt`` saved.
+
+    Args:
+        path (Path): JSON file with the slices so far; one more is added.
+        ends (float | None): When the slice ends, on the clock of :func:`time.monotonic`; never by default.
+    """
+
+    def __init__(self, path: Path, ends: float | None = None) -> None:
+        self.path = path
+        self.ends = ends
+        self.is_over = False
+        self._before = read_slices(path)
+        self._epochs = self._before[-1]["epochs"] if self._before else 0
+        self._started = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        del trainer, pl_module
+        self._started = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Stop when the time is up."""
+        del trainer, pl_module, args, kwargs
+        if not self.is_over and self.ends is not None and time.monotonic() > self.ends:
+            self.is_over = True
+            signal.raise_signal(signal.SIGINT)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the epoch, and write down the time so far in case no end comes."""
+        self._epochs = trainer.current_epoch + 1
+        self._write(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Write down the time of a slice that was stopped."""
+        del exception
+        if self._started:
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        seconds = time.monotonic() - self._started
+        now = {"device": device_name(pl_module.device), "seconds": round(seconds, 1), "epochs": self._epochs}
+        write_whole(self.path, json.dumps([*self._before, now], indent=2))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a command line says and anomalib does not hear: seed, optimizer and schedule, in all commands that train."""
+
+import logging
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Callback, LightningModule, seed_everything
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback, instantiate_class
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from anomalib_intra.components.trained_module import DrawnModule
+
+logger = logging.getLogger(__name__)
+
+
+def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRScheduler:
+    """Heed ``--optimizer`` and ``--lr_scheduler``.
+
+    anomalib takes these arguments for ``train`` and drops them without a word; for ``fit`` it heeds them in a way that
+    Lightning cannot read, see :func:`drop_unreadable`. The parsed command line is in the callback that saves it.
+
+    Args:
+        module (LightningModule): Model that is about to be trained.
+        default (Optimizer): Its own optimizer.
+
+    Returns:
+        OptimizerLRScheduler: What ``configure_optimizers`` may return: the optimizer named, or the model's own, and the
+        schedule, if one is named.
+
+    Example:
+        >>> from anomalib_intra import InTra
+        >>> model = InTra(image_size=(64, 64), window_size=3, embed_dim=32, depth=2, num_heads=4)
+        >>> type(model.configure_optimizers()).__name__  # no command line: the model's own
+        'Adam'
+    """
+    optimizer = default
+    chosen = command_line(module)
+    if chosen.get("optimizer"):
+        optimizer = instantiate_class(module.parameters(), chosen["optimizer"])
+        logger.info("Optimizer of the command line: %s", type(optimizer).__name__)
+    scheduler = instantiate_class(optimizer, chosen["lr_scheduler"]) if chosen.get("lr_scheduler") else None
+    configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, optimizer, scheduler)
+    return configured
+
+
+def seed_as_commanded(module: "DrawnModule") -> None:
+    """Heed ``--seed_everything``, which anomalib takes and drops.
+
+    The model has drawn its weights by then, so it draws them anew.
+
+    Args:
+        module (DrawnModule): Model that is about to be trained.
+    """
+    seed = command_line(module).get("seed_everything")
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        seed_everything(seed, workers=True)
+        module.draw_weights()
+
+
+def drop_unreadable(module: LightningModule) -> None:
+    """Take back what anomalib's ``fit`` does for ``--optimizer``; :func:`as_commanded` does it for all commands.
+
+    It puts a method of a ``functools.partial`` on the model. Lightning looks for that method's code before it trains,
+    and such a method has none: an AttributeError.
+
+    Args:
+        module (LightningModule): Model that is about to be trained.
+    """
+    own = module.__dict__.get("configure_optimizers")
+    if isinstance(getattr(own, "__func__", None), partial):
+        del module.configure_optimizers
+
+
+def command_line(module: LightningModule) -> dict[str, Any]:
+    """Find the parsed command line, which is in the callback that saves it.
+
+    Args:
+        module (LightningModule): Model of a command.
+
+    Returns:
+        dict[str, Any]: Its arguments; nothing where there was no command line.
+    """
+    callbacks: list[Callback] = getattr(module._trainer, "callbacks", [])
+    saved = [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]
+    return saved[0].config.as_dict() if saved else {}

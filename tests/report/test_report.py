@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report of a run: what is in it, that it needs nothing else, and that a browser shows it."""
+
+import base64
+import shutil
+import subprocess
+from collections import Counter
+from datetime import datetime
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.data import Folder
+from anomalib.engine import Engine
+from pandas import Series
+from PIL import Image
+from torchmetrics.functional.classification import binary_auroc
+
+from anomalib_intra import InTra, InTraPostProcessor, TextureDemo
+from anomalib_intra.report import RunReport
+from anomalib_intra.report.page import render
+from anomalib_intra.report.plots import score_histogram, training_curves
+from anomalib_intra.report.record import Scored, TestRecord, auroc
+
+from ..conftest import tiny_engine, tiny_intra
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DAY = datetime(2025, 1, 1)
+
+
+class Page(HTMLParser):
+    """What a browser would find in a page."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == [], "every element is closed"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] not in ("style", "script"):
+            self.text += data.split()
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text)
+
+    def images(self) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag == "img"]
+
+    def headings(self) -> int:
+        return sum(tag == "h2" for tag, _ in self.elements)
+
+
+@pytest.fixture(scope="module")
+def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[InTra, Engine, Path]:
+    model, engine = tiny_intra(), tiny_engine(tmp_path_factory.mktemp("run"), max_epochs=3)
+    engine.train(model, datamodule=TextureDemo(demo_root, num_workers=0))
+    return model, engine, Path(engine.trainer.default_root_dir)
+
+
+def page_of(run: Path) -> Page:
+    return Page((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_training_and_testing_leave_a_report_with_curves(trained: tuple) -> None:
+    model, engine, run = trained
+    page = page_of(run)
+    assert "InTra · TextureDemo · weave" in page.words
+    assert "52 images, 20 normal, 32 anomalous" in page.words
+    assert f"Image AUROC {float(engine.trainer.callback_metrics['image_AUROC']):.3f}" in page.words
+    for heading in ("Scores", "Training", "Kinds of images", "Lowest-scored anomalous images", "Settings"):
+        assert heading in page.words
+    assert "window_size 3" in page.words
+    drawings = [attributes["aria-label"] for tag, attributes in page.elements if tag == "svg"]
+    assert drawings == ["Histogram of the anomaly scores", "Training and validation loss of every epoch"]
+    with Image.open(run / "training_curves.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+    assert [row["epoch"] for row in model.losses] == [0, 1, 2]
+    assert all(np.isfinite([row["train_loss"], row["val_loss"]]).all() for row in model.losses)
+
+
+def test_report_is_one_small_file_that_points_nowhere_else(trained: tuple) -> None:
+    run = trained[-1]
+    page = page_of(run)
+    assert (run / "report.html").stat().st_size < 2e6
+    for tag, attributes in page.elements:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:image/webp;base64,"))
+    styles = (run / "report.html").read_text(encoding="utf-8")
+    assert "@import" not in styles
+    assert {part[:1] for part in styles.split("url(")[1:]} <= {"#"}
+
+
+def test_every_picture_can_be_read_and_is_described(trained: tuple) -> None:
+    images = page_of(trained[-1]).images()
+    assert len(images) == 4 * 4 * 4  # lists, cases, panels
+    for image in images:
+        with Image.open(BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
+            assert picture.size == (int(image["width"]), int(image["height"])) == (256, 256)
+        assert image["alt"]
+    titles = Counter(image["alt"].split(" of ")[0] for image in images)
+    assert titles == {
+        "Image": 16, "Reconstruction": 16, "Anomaly map": 16, "Masks (red: predicted, cyan: true)": 16
+    }  # fmt: skip
+
+
+def test_cases_are_the_most_wrongly_and_the_most_clearly_scored_images(trained: tuple, tmp_path: Path) -> None:
+    model, _, _ = trained
+    scores = {}
+    root = trained[1].trainer.datamodule.root
+    for batch in tiny_engine(tmp_path).predict(model, data_path=Path(root) / "weave/test"):
+        scores |= dict(zip(batch.image_path, batch.pred_score.tolist(), strict=True))
+    anomalous = sorted(score for path, score in scores.items() if "/good/" not in path)
+    normal = sorted(score for path, score in scores.items() if "/good/" in path)
+    words = page_of(trained[-1]).words
+    for heading, expected in (
+        ("Lowest-scored anomalous images", anomalous[:4]),
+        ("Highest-scored normal images", normal[::-1][:4]),
+        ("Highest-scored anomalous images", anomalous[::-1][:4]),
+        ("Lowest-scored normal images", normal[:4]),
+    ):
+        section = words.split(heading)[1]
+        shown = [part.split()[0].rstrip(":,") for part in section.split("score ")[1:5]]
+        assert shown == [f"{score:.3f}" for score in expected]
+
+
+def test_later_test_of_the_checkpoint_shows_the_curves_of_its_training(
+    trained: tuple, demo: TextureDemo, tmp_path: Path
+) -> None:
+    model, engine, _ = trained
+    later = tiny_engine(tmp_path, limit_test_batches=1)
+    loaded = InTra.load_from_checkpoint(engine.best_model_path)
+    later.test(loaded, datamodule=demo)
+    assert loaded.losses == model.losses
+    assert "Training" in page_of(Path(later.trainer.default_root_dir)).words
+    by_path = tiny_intra()
+    tiny_engine(tmp_path / "by_path", limit_test_batches=1).test(
+        by_path, datamodule=demo, ckpt_path=engine.best_model_path
+    )
+    assert by_path.losses == model.losses
+
+
+def test_losses_survive_resuming_and_a_new_training_begins_anew(
+    trained: tuple, demo: TextureDemo, tmp_path: Path
+) -> None:
+    model, _, run = trained
+    resumed = tiny_intra()
+    tiny_engine(tmp_path, max_epochs=5).fit(resumed, datamodule=demo, ckpt_path=run / "weights/lightning/last.ckpt")
+    assert [row["epoch"] for row in resumed.losses] == [0, 1, 2, 3, 4]
+    assert resumed.losses[:3] == model.losses
+    tiny_engine(tmp_path / "anew", max_epochs=1).fit(resumed, datamodule=demo)
+    assert [row["epoch"] for row in resumed.losses] == [0]
+
+
+def test_epochs_without_validation_have_no_validation_loss(demo: TextureDemo, tmp_path: Path) -> None:
+    model = tiny_intra()
+    tiny_engine(tmp_path, max_epochs=2, check_val_every_n_epoch=2).fit(model, datamodule=demo)
+    assert ["val_loss" in row for row in model.losses] == [False, True]
+
+
+def test_without_a_visualizer_there_is_neither_report_nor_curves(demo: TextureDemo, tmp_path: Path) -> None:
+    tiny_engine(tmp_path, max_epochs=1).train(tiny_intra(visualizer=False), datamodule=demo)
+    assert list(tmp_path.rglob("*.html")) == list(tmp_path.rglob("*.png")) == []
+
+
+def test_prediction_writes_no_report(trained: tuple, demo_root: Path, tmp_path: Path) -> None:
+    tiny_engine(tmp_path).predict(trained[0], data_path=demo_root / "weave/test/hole")
+    assert list(tmp_path.rglob("*.png")) != []
+    assert list(tmp_path.rglob("*.html")) == []
+
+
+def test_own_report_of_the_user_is_the_one_that_is_written(trained: tuple, demo: TextureDemo, tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path, callbacks=[RunReport(cases=1)], limit_test_batches=1)
+    engine.test(trained[0], datamodule=demo)
+    assert len(page_of(Path(engine.trainer.default_root_dir)).images()) == 4 * 1 * 4
+
+
+def test_report_of_raw_scores_without_metrics_shows_the_raw_threshold(
+    trained: tuple, demo: TextureDemo, tmp_path: Path
+) -> None:
+    raw = tiny_intra(post_processor=InTraPostProcessor(enable_normalization=False), evaluator=False)
+    raw.load_state_dict(trained[0].state_dict())
+    engine = tiny_engine(tmp_path, limit_test_batches=1)
+    engine.test(raw, datamodule=demo)
+    page = page_of(Path(engine.trainer.default_root_dir))
+    assert f"threshold {float(raw.post_processor.image_threshold):.3g}" in page.words
+    assert "Image AUROC" not in page.words
+
+
+def test_report_of_normal_images_alone_and_without_a_threshold(trained: tuple, demo_root: Path, tmp_path: Path) -> None:
+    undecided = tiny_intra(post_processor=InTraPostProcessor(enable_thresholding=False), evaluator=False)
+    undecided.load_state_dict(trained[0].state_dict())
+    good = Folder(
+        "good", normal_dir="train/good", normal_test_dir="test/good", root=demo_root / "weave", num_workers=0,
+        val_split_mode="from_train", test_split_mode="none",
+    )  # fmt: skip
+    good.setup()
+    engine = tiny_engine(tmp_path)
+    engine.test(undecided, dataloaders=good.val_dataloader())
+    page = page_of(Path(engine.trainer.default_root_dir))
+    assert "There is no threshold" in page.words
+    assert "false alarm" not in page.words
+    assert "Lowest-scored normal images" in page.words
+    assert "scored anomalous images" not in page.words
+
+
+def rendered(*images: Scored, threshold: float | None = 0.5, losses: tuple = (), settings: dict | None = None) -> Page:
+    record = TestRecord(cases=2)
+    for image in images:
+        record.add(image, lambda: {"Image": Image.new("RGB", (8, 8))})
+    return Page(render(record, "InTra", DAY, threshold, {}, losses, settings or {}))
+
+
+def test_names_and_settings_of_strangers_stay_text() -> None:
+    evil = '"><script>alert(1)</script>&amp;'
+    page = rendered(
+        Scored(f"{evil}/{evil}.png", 0.7, True, True), settings={evil: evil}, losses=({"epoch": 0, "train_loss": 1.0},)
+    )
+    assert "script" not in {tag for tag, _ in page.elements}
+    assert "alert(1)" in page.words
+
+
+def test_report_of_images_of_unknown_label_shows_the_highest_and_lowest() -> None:
+    page = rendered(*(Scored(f"part/{n}.png", n / 10) for n in range(6)))
+    assert "Highest-scored images" in page.words
+    assert "Lowest-scored images" in page.words
+    assert len(page.images()) == 4
+    assert "missed" not in page.words
+
+
+def test_report_without_any_image_or_score_can_still_be_read() -> None:
+    assert "0 images" in rendered().words
+    page = rendered(Scored("a/1.png", float("nan"), True, False), Scored("a/2.png", 0.3, False, False))
+    assert "1 of the images got no score" in page.words
+    assert len(page.images()) == 1
+
+
+def test_decisions_are_counted_and_named() -> None:
+    page = rendered(
+        Scored("crack/0.png", 0.9, True, True),
+        Scored("crack/1.png", 0.2, True, False),
+        Scored("good/0.png", 0.6, False, True),
+        Scored("good/1.png", 0.1, False, False),
+    )
+    assert "1 of 2 normal images raises a false alarm and 1 of 2 anomalous images is missed" in page.words
+    assert "crack/1.png, score 0.200: missed" in page.words
+    assert "good/0.png, score 0.600: false alarm" in page.words
+    assert "crack/0.png, score 0.900: found" in page.words
+    assert "crack 2 1 0.200 0.550 0.900 0.750" in page.words
+
+
+def test_pictures_kept_do_not_grow_with_the_images_tested() -> None:
+    generator, drawn = np.random.default_rng(0), []
+    record = TestRecord(cases=4)
+    for n, score in enumerate(generator.random(3000)):
+        record.add(Scored(f"good/{n}.png", score, False), lambda n=n: drawn.append(n) or {})
+    assert len(record.images) == 3000
+    assert sum(len(cases.cases) for cases in record.case_lists()) == 8
+    assert len(drawn) < 120  # only what was among the first or last four when it came
+
+
+def test_records_of_several_processes_are_one_without_the_images_that_fill_them_up() -> None:
+    parts = [TestRecord(cases=2), TestRecord(cases=2)]
+    whole = TestRecord(cases=2)
+    for n, score in enumerate(np.random.default_rng(1).random(21)):
+        image = Scored(f"good/{n}.png", score, n % 3 == 0)
+        whole.add(image, lambda n=n: {"Image": Image.new("RGB", (n + 1, 1))})
+        parts[n % 2].add(image, lambda n=n: {"Image": Image.new("RGB", (n + 1, 1))})
+        if n == 0:  # a distributed sampler repeats images to give every process as many
+            parts[1].add(image, lambda n=n: {"Image": Image.new("RGB", (n + 1, 1))})
+    merged = TestRecord.merged(parts)
+    assert sorted(image.path for image in merged.images) == sorted(image.path for image in whole.images)
+
+    def cases(record: TestRecord) -> list[tuple[str, str, int]]:
+        lists = record.case_lists()
+        return [(one.title, case.image.path, case.panels["Image"].width) for one in lists for case in one.cases]
+
+    assert cases(merged) == cases(whole)
+
+
+def test_auroc_of_a_kind_is_that_of_torchmetrics() -> None:
+    generator = np.random.default_rng(2)
+    anomalous, normal = generator.integers(0, 12, 40) / 12, generator.integers(0, 9, 25) / 12
+    scores = torch.tensor(np.concatenate([anomalous, normal]))
+    expected = binary_auroc(scores, torch.tensor([1] * 40 + [0] * 25))
+    assert auroc(Series(anomalous), Series(normal)) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_histogram_holds_every_image_and_the_threshold() -> None:
+    record = TestRecord()
+    for n, score in enumerate(np.random.default_rng(3).random(50)):
+        record.add(Scored(f"a/{n}.png", score, n < 30), dict)
+    normal, anomalous = score_histogram(record.frame(), threshold=1.5).axes
+    assert sum(bar.get_height() for bar in normal.patches) == 20
+    assert sum(bar.get_height() for bar in anomalous.patches) == 30
+    assert all(line.get_xdata()[0] == 1.5 for axes in (normal, anomalous) for line in axes.lines)
+    assert normal.get_xlim()[1] > 1.5
+
+
+def test_curves_mark_the_epoch_of_the_lowest_validation_loss() -> None:
+    rows = [{"epoch": n, "train_loss": 1 / (n + 1), "val_loss": abs(n - 2) + 1.0} for n in range(5)]
+    lines = training_curves(rows).axes[0].lines
+    assert [line.get_label() for line in lines] == ["training", "validation", "lowest validation: epoch 2"]
+    assert training_curves([{"epoch": 0, "train_loss": float("nan")}]) is None
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to open the report with (apt install chromium)")
+def test_a_browser_shows_the_report(trained: tuple, tmp_path: Path) -> None:
+    report = trained[-1] / "report.html"
+    quiet = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]  # fmt: skip
+
+    def browse(*args: str) -> str:
+        done = subprocess.run([CHROMIUM, *quiet, *args, report.as_uri()], capture_output=True, timeout=90, check=True)
+        return done.stdout.decode()
+
+    seen = Page(browse("--dump-dom").replace("<!DOCTYPE html>", ""))
+    assert len(seen.images()) == 64
+    assert "Lowest-scored anomalous images" in seen.words
+    pictures = {}
+    for name, size, scheme in (("dark", "1280,1800", 0), ("phone", "400,1800", 1)):
+        browse(f"--screenshot={tmp_path / name}.png", f"--window-size={size}",
+               f"--blink-settings=preferredColorScheme={scheme}")  # fmt: skip
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            pictures[name] = np.asarray(picture.convert("RGB"))
+    assert [picture.shape[1] for picture in pictures.values()] == [1280, 400]
+    for picture in pictures.values():
+        assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 1000  # photographs, not a blank page
+    assert pictures["phone"][5, 5].min() > 240
+    assert pictures["dark"][5, 5].max() < 40

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes share a run's work and come to what one process comes to."""
+
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import DataLoader
+
+from anomalib_intra import InTra, PatchSVDD, TextureDemo
+from anomalib_intra.data.normal_images import NormalImages, Share
+
+from ..conftest import tiny_engine, tiny_intra
+from ..test_windows import CountingImages, draws_of, loader_of
+
+WORLD = 2
+
+
+# ---- shares ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("count", [5, 7])
+def test_every_draw_is_made_by_one_process_and_steps_are_those_of_one(count: int, world_size: int) -> None:
+    dataset = CountingImages(count)
+    alone = loader_of(dataset, windows_per_image=6, batch_size=11)
+    shares = [
+        loader_of(dataset, windows_per_image=6, batch_size=11, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    steps = draws_of(alone, dataset)
+    of_each = [draws_of(share, dataset) for share in shares]
+    assert {len(share) for share in shares} == {len(part) for part in of_each} == {len(of_each[0])}
+    for number, parts in enumerate(zip(*of_each, strict=True)):
+        sizes = {len(part[0]) for part in parts}
+        assert len(sizes) == 1
+        together = [[value for part in parts for value in part[field]] for field in range(len(parts[0]))]
+        kept = len(steps[number][0]) // world_size * world_size
+        assert together == [values[:kept] for values in steps[number]]
+
+
+def test_a_step_too_small_for_the_processes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 draws cannot be shared by 3 processes"):
+        loader_of(CountingImages(3), batch_size=2, world_size=3)
+
+
+@pytest.mark.parametrize(("count", "world_size"), [(7, 2), (6, 4), (1, 3), (0, 2)])
+def test_shares_of_images_are_whole_and_do_not_overlap(count: int, world_size: int) -> None:
+    shares = [Share(list(range(count)), rank, world_size) for rank in range(world_size)]
+    assert sorted(number for share in shares for number in share) == list(range(count))
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+
+
+def test_fewer_held_out_images_than_processes_are_validated_by_all() -> None:
+    loaders = [DataLoader(list(range(count))) for count in (30, 2)]
+    parts = [NormalImages.of(*loaders, None, rank=rank, world_size=3) for rank in range(3)]
+    assert [len(part.held_out.sampler) for part in parts] == [2, 2, 2]
+    assert [len(part.thresholds.sampler) for part in parts] == [1, 1, 0]
+    assert [len(part.statistics.sampler) for part in parts] == [10, 10, 10]
+
+
+# ---- a whole run -----------------------------------------------------------------------------------------------------
+
+
+class Log(Callback):
+    """Writes down what a process sees."""
+
+    def __init__(self) -> None:
+        self.seen: dict = {"val_loss": [], "windows": []}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: InTra, batch: object, batch_idx: int) -> None:
+        if trainer.current_epoch == 0:
+            names = [pl_module._draws.names[n] for n in batch.index.tolist()]
+            fields = sorted(name for name, value in vars(batch).items() if torch.is_tensor(value) and name != "image")
+            rows = zip(*(getattr(batch, field).tolist() for field in fields if field != "index"), strict=True)
+            self.seen["windows"] += [[Path(name).name, *row] for name, row in zip(names, rows, strict=True)]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: InTra) -> None:
+        self.seen["val_loss"].append(float(trainer.callback_metrics["val_loss"]))
+
+
+def weights_of(model: InTra | PatchSVDD) -> torch.Tensor:
+    return parameters_to_vector(model.model.parameters()).detach()
+
+
+def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
+    """Train and test; give what this process saw."""
+    seed_everything(5)
+    log = Log()
+    if kind == "intra":
+        model = tiny_intra(patience=2)
+    else:
+        model = PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
+        # Every process draws the noise of its patches for itself; without it, the steps must be those of one process.
+        model._loss_of = partial(model._loss_of, noise=0.0)
+    before = weights_of(model)
+    # 54 training images, 6 held out, 52 test images.
+    datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=7)
+    several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
+    engine = tiny_engine(root, callbacks=[log], max_epochs=3 if kind == "intra" else 1, logger=False, **several)
+    results = engine.train(model, datamodule=datamodule)
+    processor = model.post_processor
+    mean = processor.training_mean if kind == "intra" else model.model.mean_image
+    return {
+        **log.seen,
+        "metrics": results[0],
+        "mean": mean.flatten().tolist(),
+        "thresholds": [float(processor.image_threshold), float(processor.pixel_threshold)],
+        "weights": weights_of(model),
+        "moved": float((weights_of(model) - before).norm()),
+        "best": str(engine.best_model_path),
+        "epoch": int(torch.load(engine.best_model_path, weights_only=True)["epoch"]),
+        "folder": str(engine.trainer.default_root_dir),
+    }
+
+
+if __name__ == "__main__":
+    kind, root, demo_root, out = sys.argv[1], *map(Path, sys.argv[2:5])
+    seen = run(kind, root, demo_root, WORLD)
+    rank = torch.distributed.get_rank()
+    torch.save(seen, out / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module", params=["intra", pytest.param("patch_svdd", marks=pytest.mark.slow)])
+def runs(request, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
+    kind, root = request.param, tmp_path_factory.mktemp("processes")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.training.test_processes", kind, str(root / "several"), str(demo_root), str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    several = [torch.load(root / f"{rank}.pt") for rank in range(WORLD)]
+    return kind, run(kind, root / "alone", demo_root, 1), several
+
+
+def test_windows_of_an_epoch_are_shared_out_without_overlap(runs: tuple) -> None:
+    _, alone, several = runs
+    first, second = (sorted(map(tuple, part["windows"])) for part in several)
+    assert len(first) == len(second)
+    assert sorted(first + second) == sorted(map(tuple, alone["windows"]))
+
+
+def test_losses_and_weights_are_those_of_one_process(runs: tuple) -> None:
+    kind, alone, several = runs
+    # Adam's first steps are as long for a gradient that is zero but for rounding as for any other. Patch-SVDD has such
+    # gradients and takes four steps here: of what training moves, 2 % differ.
+    share = 0.01 if kind == "intra" else 0.05
+    for part in several:
+        assert part["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
+        assert (part["weights"] - alone["weights"]).norm() < share * alone["moved"]
+
+
+def test_processes_agree_with_each_other_to_the_last_digit(runs: tuple) -> None:
+    _, _, (first, second) = runs
+    for name in ("val_loss", "metrics", "mean", "thresholds", "best", "epoch"):
+        assert first[name] == second[name], name
+    assert torch.equal(first["weights"], second["weights"])
+
+
+def test_processes_write_into_one_folder(runs: tuple) -> None:
+    _, _, several = runs
+    assert len({part["folder"] for part in several}) == 1
+    folder = Path(several[0]["folder"])
+    assert Path(several[0]["best"]) == folder / "weights/lightning/model.ckpt"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", "v0"]
+    assert (folder.parent / "latest").resolve() == folder
+    assert len(list((folder / "images/test").rglob("*.png"))) == 52
+
+
+def calibrated_alone(kind: str, checkpoint: str, demo_root: Path, root: Path) -> tuple[InTra | PatchSVDD, dict]:
+    """Calibrate and test the weights of several processes in one."""
+    model = (InTra if kind == "intra" else PatchSVDD).load_from_checkpoint(checkpoint)
+    model.post_processor.reset()
+    if kind == "patch_svdd":
+        model.model.empty_memory_bank()
+    results = tiny_engine(root, logger=False).test(model, datamodule=TextureDemo(demo_root, num_workers=0))
+    return model, results[0]
+
+
+def test_mean_thresholds_and_metrics_are_those_of_one_process(runs: tuple, demo_root: Path, tmp_path: Path) -> None:
+    kind, _, (first, _) = runs
+    model, metrics = calibrated_alone(kind, first["best"], demo_root, tmp_path)
+    processor = model.post_processor
+    mean = processor.training_mean if kind == "intra" else model.model.mean_image
+    assert first["mean"] == pytest.approx(mean.flatten().tolist(), abs=1e-6)
+    thresholds = [float(processor.image_threshold), float(processor.pixel_threshold)]
+    assert first["thresholds"] == pytest.approx(thresholds, rel=1e-6)
+    assert first["metrics"] == pytest.approx(metrics, abs=1e-6)
