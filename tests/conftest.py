@@ -36,15 +36,6 @@ def only_local(address: object) -> None:
         raise ConnectionRefusedError(msg)
 
 
-@pytest.fixture
-def torch_threads(request) -> Iterator[int]:
-    """Give torch as many threads as a test's parameter says, for that test."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_network() -> Iterator[None]:
     """No test may talk to another machine; processes of one machine may talk to each other."""

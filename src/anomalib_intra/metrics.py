@@ -9,6 +9,7 @@ from anomalib.metrics import AnomalibMetric
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from anomalib_intra.components.batch import is_normal
+from anomalib_intra.training.internals import forget_update
 
 
 class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
@@ -44,6 +45,6 @@ class PSNR(AnomalibMetric, PeakSignalNoiseRatio):
         normal = is_normal(batch)
         reconstruction = getattr(batch, "reconstruction", None)
         if reconstruction is None or not normal.any():
-            self._update_count -= 1  # as anomalib's metrics do for batches without the field
+            forget_update(self)
             return
         super(AnomalibMetric, self).update(reconstruction[normal].float(), torch.as_tensor(batch.image)[normal])

@@ -18,11 +18,14 @@ from anomalib.visualization import Visualizer
 from einops import reduce
 from pandas import DataFrame
 from torch import nn
+from torch.nn.functional import mse_loss
 
 from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.components.trained_module import Sampling
+from anomalib_intra.data.images import sample_images
 from anomalib_intra.data.normal_images import NormalImages
-from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.metrics import PSNR
 
 
@@ -52,23 +55,23 @@ class ConstantReconstruction(nn.Module):
         return Reconstruction(images, self.reconstruct(images))
 
 
-class Yardstick(InTra):
-    """InTra with one image in the place of all reconstructions; there is nothing to train.
+class Yardstick(ReconstructionModule):
+    """One image in the place of all reconstructions; there is nothing to train.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized.
         flat (bool): Take the mean colour of the training images; False takes their mean image.
-        pre_processor (PreProcessor | bool): As InTra's.
-        post_processor (PostProcessor | bool): As InTra's.
-        evaluator (Evaluator | bool): As InTra's.
-        visualizer (Visualizer | bool): As InTra's.
+        pre_processor (PreProcessor | bool): As for ``AnomalibModule``.
+        post_processor (PostProcessor | bool): As for ``AnomalibModule``.
+        evaluator (Evaluator | bool): As for ``AnomalibModule``.
+        visualizer (Visualizer | bool): As for ``AnomalibModule``.
 
     Example:
         >>> Yardstick((64, 96), flat=False).model.image.shape
         torch.Size([3, 64, 96])
     """
 
-    model: ConstantReconstruction  # type: ignore[assignment]  # which takes the place of the transformer
+    model: ConstantReconstruction
     not_calibrated = "A yardstick needs the mean of the training images, and their mean difference map."
 
     def __init__(
@@ -81,14 +84,8 @@ class Yardstick(InTra):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(
-            image_size,
-            # A patch of one pixel fits every image size; the transformer itself is replaced at once.
-            patch_size=1,
-            window_size=1,
-            embed_dim=2,
-            depth=1,
-            num_heads=1,
-            pre_processor=pre_processor,
+            (image_size[0], image_size[1]),
+            pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
@@ -99,8 +96,17 @@ class Yardstick(InTra):
     def configure_optimizers(self) -> None:
         """Nothing to optimize."""
 
-    def draw_weights(self) -> None:
-        """No weights to draw."""
+    def reset_parameters(self) -> None:
+        """No weights to initialise."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """Whole images, of which no step is taken."""
+        return Sampling(sample_images, 1, 1)
+
+    def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Mean squared error."""
+        return mse_loss(reconstructions, images)
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:

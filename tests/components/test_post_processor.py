@@ -10,9 +10,9 @@ import torch
 from anomalib.metrics import AUROC, F1AdaptiveThreshold
 
 from anomalib_intra import InTraPostProcessor
+from anomalib_intra.components.anomaly_map import _scaled_kernel, difference_map, image_score
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.components.reconstruction import Reconstruction
-from anomalib_intra.components.reconstruction_post_processor import _scaled_kernel
 
 
 def reflect(n: int, length: int) -> int:
@@ -63,7 +63,7 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return out
 
 
-def difference_map(image: np.ndarray, other: np.ndarray) -> np.ndarray:
+def reference_map(image: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Eq. 16, for images of shape (3, H, W)."""
     height, width = image.shape[1:]
     maps = []
@@ -84,9 +84,9 @@ def test_difference_map_is_equation_16(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     smooth = np.kron(rng.random((2, 3, size[0] // 8, size[1] // 8)), np.ones((1, 1, 8, 8)))
     image, other = 0.7 * smooth + 0.3 * rng.random((2, 3, *size))
-    got = InTraPostProcessor.difference_map(*(torch.tensor(x[None], dtype=torch.float32) for x in (image, other)))
+    got = difference_map(*(torch.tensor(x[None], dtype=torch.float32) for x in (image, other)))
     assert got.shape == (1, 1, *size)
-    np.testing.assert_allclose(got[0, 0].numpy(), difference_map(image, other), atol=2e-6)
+    np.testing.assert_allclose(got[0, 0].numpy(), reference_map(image, other), atol=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_colour_term_sees_what_the_gradient_term_does_not() -> None:
     image = torch.full((1, 3, 64, 64), 0.5)
     other = image.clone()
     other[:, 0] += 0.25  # redder everywhere: no gradient changes
-    assert InTraPostProcessor.difference_map(image, other).max() < 1e-6
-    coloured = InTraPostProcessor.difference_map(image, other, colour_weight=0.4)
+    assert difference_map(image, other).max() < 1e-6
+    coloured = difference_map(image, other, colour_weight=0.4)
     torch.testing.assert_close(coloured, torch.full_like(coloured, 0.4 * 0.25 / 3))
     rng = torch.Generator().manual_seed(0)
     images = torch.rand(2, 1, 3, 64, 64, generator=rng)
-    plain, both, colour = (InTraPostProcessor.difference_map(*images, weight) for weight in (0.0, 0.3, 1.0))
+    plain, both, colour = (difference_map(*images, weight) for weight in (0.0, 0.3, 1.0))
     torch.testing.assert_close(both, 0.7 * plain + 0.3 * colour)
 
 
@@ -118,7 +118,7 @@ def test_deviations_other_than_the_papers() -> None:
         post_processor = InTraPostProcessor(enable_normalization=False, deviation=deviation)
         post_processor.set_training_mean(mean, std)
         maps[deviation] = post_processor.raw_anomaly_map(images, reconstructions)
-    less = post_processor.difference_map(images, reconstructions) < mean
+    less = difference_map(images, reconstructions) < mean
     assert less.any()
     assert (~less).any()
     assert torch.equal(maps["positive"], torch.where(less, 0, maps["squared"]))
@@ -138,7 +138,7 @@ def test_anomaly_map_and_score_are_equations_17_and_18() -> None:
     mean = torch.rand(1, 1, 32, 48)
     post_processor = InTraPostProcessor(enable_normalization=False)
     post_processor.set_training_mean(mean)
-    difference = post_processor.difference_map(images, reconstructions).double()
+    difference = difference_map(images, reconstructions).double()
     got = post_processor(Reconstruction(images, reconstructions))
     for n in range(3):
         largest = 0.0
@@ -152,7 +152,7 @@ def test_anomaly_map_and_score_are_equations_17_and_18() -> None:
 
 def test_constant_black_images_give_finite_maps() -> None:
     black = torch.zeros(1, 3, 32, 32)
-    assert torch.isfinite(InTraPostProcessor.difference_map(black, black)).all()
+    assert torch.isfinite(difference_map(black, black)).all()
 
 
 def hard_scores() -> torch.Tensor:
@@ -250,7 +250,7 @@ def test_decisions_follow_threshold_and_sensitivity(normalize: bool) -> None:
         post_processor._image_threshold.fill_(0.004)
         post_processor._pixel_threshold.fill_(0.002)
         batch = batch_of(12)
-        raw = post_processor.score(post_processor.raw_anomaly_map(batch.image, batch.reconstruction))
+        raw = image_score(post_processor.raw_anomaly_map(batch.image, batch.reconstruction))
         post_processor.post_process_batch(batch)
         labels[sensitivity] = batch.pred_label
         assert torch.equal(batch.pred_label, raw > 0.004 * (1 - sensitivity) / sensitivity)

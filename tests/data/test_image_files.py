@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader, Subset
 
 from anomalib_intra import InTra, MVTec, TextureDemo
 from anomalib_intra.components.batch import InTraBatch
-from anomalib_intra.components.reconstruction_post_processor import _masks_of_files
-from anomalib_intra.data.image_files import check_image_files
+from anomalib_intra.data.image_files import check_image_files, masks_of_files
 
 from ..conftest import tiny_engine, tiny_intra
 
@@ -317,7 +316,7 @@ def test_original_size_joins_several_masks_of_an_image(tmp_path: Path) -> None:
         Image.fromarray(mask).save(masks[-1])
     samples = pd.DataFrame({"image_path": images, "mask_path": [masks[:2], masks[2], ""]})
     batch = InTraBatch(image=torch.rand(3, 3, 64, 64), anomaly_map=torch.rand(3, 64, 96), image_path=images)
-    joined = _masks_of_files(SimpleNamespace(samples=samples), batch)
+    joined = masks_of_files(SimpleNamespace(samples=samples), batch.image_path, batch.anomaly_map.shape[-2:])
     assert joined.shape == (3, 64, 96)
     assert joined.sum(dim=(1, 2)).tolist() == [2 * 64, 64, 0]
 
@@ -346,9 +345,7 @@ def test_data_sets_at_odd_and_very_long_paths_are_refused_and_work_from_within(
 ) -> None:
     root = tmp_path / name
     root.mkdir(parents=True)
-    with pytest.raises(
-        ValueError, match=r"at most 512 ASCII characters, not from .*relative to the working directory"
-    ):
+    with pytest.raises(ValueError, match=r"at most 512 ASCII characters, not from .*relative to the working directory"):
         TextureDemo(root)
     monkeypatch.chdir(root)
     datamodule = TextureDemo("demo", num_workers=0)

@@ -98,7 +98,7 @@ def test_whole_command(tmp_path: Path, monkeypatch, capsys) -> None:
     rows = pd.DataFrame(json.loads((tmp_path / "out" / "speed.json").read_text()))
     assert rows.groupby("what").size().to_dict() == {
         "matrix products": 2, "reconstruct": 8, "window by window": 2,
-        "training step": 2, "training step, windows drawn before": 2,
+        "training step": 2, "training step, windows sampled before": 2,
     }  # fmt: skip
     measured = rows[rows["what"] != "matrix products"]
     assert (measured["share_of_ceiling"] > 0).all()

@@ -17,6 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from anomalib_intra import InTra
+from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.data.normal_images import NormalImages
 
 from ..conftest import tiny_engine
@@ -60,7 +61,7 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
     images, reconstructions = (torch.cat([getattr(b, name) for b in batches]) for name in ("image", "reconstruction"))
     return {
         "reconstruction": reconstructions.numpy(),
-        "difference_map": model.post_processor.difference_map(images, reconstructions).numpy(),
+        "difference_map": difference_map(images, reconstructions).numpy(),
         "training_mean": model.post_processor.training_mean.numpy(),
         "thresholds": torch.stack([model.post_processor.image_threshold, model.post_processor.pixel_threshold]).numpy(),
         "anomaly_map": torch.cat([batch.anomaly_map for batch in batches]).float().numpy(),

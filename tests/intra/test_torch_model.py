@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The inpainting transformer (eq. 3-5, sec. 3.3 and 3.5) against a plain float64 reference."""
 
-import ast
 import copy
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import anomalib_intra
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 
 from ..reference import reference_inpaint, reference_patches, reference_reconstruct
 
 K, D, HEADS = 4, 8, 2
-PACKAGE = Path(anomalib_intra.__file__).parent
 
 
 def build(image_size=(16, 20), window_size=3, depth=3, seed=0, **options):
@@ -183,9 +177,9 @@ def test_window_batch_size_does_not_change_the_reconstruction(window_batch_size)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(("window_batch_size", "at_once"), [(1, 1), (7, 6), (8, 8), (1000, 40)])
+@pytest.mark.parametrize(("window_batch_size", "at_once"), [(1, 2), (7, 6), (8, 8), (1000, 40)])
 def test_window_batch_size_bounds_the_windows_inpainted_at_once(window_batch_size, at_once):
-    # 40 windows of two images; each image has as many of them in a call as the other. The first block works on images.
+    # 40 windows of two images; each image has as many of them in a call as the other, at least one.
     model = build()
     seen = []
     model.blocks[1].register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
@@ -303,56 +297,3 @@ def test_weights_are_drawn_with_std_0_02_and_each_block_on_its_own():
         elif name.endswith("bias"):
             assert not parameter.any(), name
     assert 0.01 < model.inpaint_embedding.std() < 0.03
-
-
-# ---- imports ---------------------------------------------------------------------------------------------------------
-
-
-def imported_modules(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield "anomalib_intra." + (node.module or "") if node.level else node.module
-
-
-@pytest.mark.parametrize("name", ["grid", "attention", "similarity", "loss", "torch_model"])
-def test_modules_of_pure_torch_import_neither_lightning_nor_anomalib(name):
-    roots = {module.split(".")[0] for module in imported_modules(PACKAGE / f"{name}.py")}
-    assert "torch" in roots
-    assert not roots & {"anomalib", "lightning", "pytorch_lightning"}
-
-
-@pytest.mark.parametrize(
-    ("name", "allowed"),
-    [
-        ("grid", set()),
-        ("attention", set()),
-        ("similarity", set()),
-        ("loss", {"anomalib_intra.components.similarity"}),
-        ("image_range", set()),
-        ("threads", set()),
-        ("torch_model", {f"anomalib_intra.{below}" for below in ("grid", "attention", "image_range", "threads")}),
-    ],
-)
-def test_modules_of_pure_torch_import_only_those_below_them(name, allowed):
-    ours = {module for module in imported_modules(PACKAGE / f"{name}.py") if module.startswith("anomalib_intra")}
-    assert ours <= allowed
-
-
-def test_torch_model_runs_where_neither_lightning_nor_anomalib_can_be_imported():
-    # A bare package stands in for anomalib_intra, so that its __init__ does not run.
-    program = f"""
-import sys, types
-for name in ("anomalib", "lightning", "pytorch_lightning"):
-    sys.modules[name] = None
-package = types.ModuleType("anomalib_intra")
-package.__path__ = [{str(PACKAGE)!r}]
-sys.modules["anomalib_intra"] = package
-import torch
-from anomalib_intra.intra.torch_model import InpaintingTransformer
-model = InpaintingTransformer((16, 16), patch_size=4, window_size=3, embed_dim=8, depth=1, num_heads=2)
-print(tuple(model.reconstruct(torch.rand(1, 3, 16, 16)).shape))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert done.stdout.strip() == "(1, 3, 16, 16)", done.stderr

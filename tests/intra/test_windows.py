@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_intra.data import samples as draws_module
-from anomalib_intra.data.samples import DrawLoader, Prepared, as_bytes, as_fractions
-from anomalib_intra.intra.windows import WindowBatch, cut_training_windows, draw_windows
+from anomalib_intra.data import samples as samples_module
+from anomalib_intra.data.samples import Prepared, SampleLoader, as_bytes, as_fractions
+from anomalib_intra.intra.windows import WindowBatch, cut_training_windows, sample_windows
 
 from ..reference import reference_origin
 
@@ -21,7 +21,7 @@ K = 2
 
 
 def draw(rows, columns, images=4, windows_per_image=500, window_size=3, augment=True, seed=0, centred=False):
-    return draw_windows(
+    return sample_windows(
         torch.zeros(images, 3, rows * K, columns * K),
         windows_per_image,
         K,
@@ -164,7 +164,8 @@ def test_cutting_equals_turning_the_image_and_slicing_for_every_symmetry_and_ori
         )
     )
     index, r, s, transposed, flipped_h, flipped_v = (torch.tensor(values) for values in zip(*cases, strict=True))
-    batch = WindowBatch(images, index, r, s, r, s, transposed, flipped_h, flipped_v)
+    turns = {"transposed": transposed, "flipped_h": flipped_h, "flipped_v": flipped_v}
+    batch = WindowBatch(image=images, index=index, r=r, s=s, t=r, u=s, **turns)
     cut = cut_training_windows(batch, K, window_size)
     assert cut.shape == (len(cases), window_size, window_size, K * K * 3)
     for number, (image, *how) in enumerate(cases):
@@ -173,7 +174,7 @@ def test_cutting_equals_turning_the_image_and_slicing_for_every_symmetry_and_ori
 
 def test_windows_as_drawn_are_cut_like_explicit_ones():
     images = torch.rand(3, 3, 5 * K, 5 * K, generator=torch.Generator().manual_seed(2))
-    batch = draw_windows(images, 30, K, 3, True, torch.Generator().manual_seed(3))
+    batch = sample_windows(images, 30, K, 3, True, torch.Generator().manual_seed(3))
     cut = cut_training_windows(batch, K, 3)
     assert len(symmetries(batch)) == 8
     for number in range(len(batch)):
@@ -200,11 +201,11 @@ class CountingImages(Dataset):
 
 def loader_of(dataset, windows_per_image=5, batch_size=8, read_at_once=3, seed=0, rows=4, columns=4, **options):
     images = DataLoader(dataset, batch_size=read_at_once, shuffle=True, generator=torch.Generator())
-    return DrawLoader(
+    return SampleLoader(
         images,
         prepare=lambda batch: Prepared(batch, [str(float(image.max())) for image in batch]),
-        draw=partial(draw_windows, patch_size=K, window_size=3, augment=True),
-        draws_per_image=windows_per_image,
+        sample=partial(sample_windows, patch_size=K, window_size=3, augment=True),
+        samples_per_image=windows_per_image,
         batch_size=batch_size,
         image_size=(rows * K, columns * K),
         seed=seed,
@@ -216,7 +217,7 @@ def numbers_of(step, dataset):
     return (as_fractions(step.image[step.index, 0, 0, 0]) * dataset.count).round().int().tolist()
 
 
-def draws_of(loader, dataset):
+def samples_of(loader, dataset):
     fields = ("r", "s", "t", "u", "transposed", "flipped_h", "flipped_v")
     return [(numbers_of(step, dataset), *(getattr(step, field).tolist() for field in fields)) for step in loader]
 
@@ -225,7 +226,7 @@ def draws_of(loader, dataset):
 def pool_images(request, monkeypatch):
     """How many images of 4 x 4 patches the pool has room for."""
     if request.param is not None:
-        monkeypatch.setattr(draws_module, "POOL_BYTES", request.param * 3 * (4 * K) ** 2)
+        monkeypatch.setattr(samples_module, "POOL_BYTES", request.param * 3 * (4 * K) ** 2)
     return request.param
 
 
@@ -267,18 +268,18 @@ def test_images_are_kept_as_bytes_and_cut_as_what_they_stand_for():
 
 @pytest.mark.parametrize(("pool", "reads"), [(7, 1), (6, 3)], ids=["fit into the pool", "do not"])
 def test_images_that_never_change_are_read_once_where_they_fit(pool, reads, monkeypatch):
-    monkeypatch.setattr(draws_module, "POOL_BYTES", pool * 3 * (4 * K) ** 2)
+    monkeypatch.setattr(samples_module, "POOL_BYTES", pool * 3 * (4 * K) ** 2)
     dataset = CountingImages(7)
     loader = loader_of(dataset, read_at_once=1, same_every_epoch=True)
     epochs = []
     for loader.epoch in range(3):
-        epochs.append(draws_of(loader, dataset))
+        epochs.append(samples_of(loader, dataset))
     assert dataset.reads == dict.fromkeys(range(7), reads)
     assert epochs[0] != epochs[1] != epochs[2]
     # A run that is resumed at the last epoch makes that epoch's draws.
     resumed = loader_of(CountingImages(7), read_at_once=1, same_every_epoch=True)
     resumed.epoch = 2
-    assert draws_of(resumed, dataset) == epochs[2]
+    assert samples_of(resumed, dataset) == epochs[2]
 
 
 def test_steps_have_the_batch_size_but_for_the_last():
@@ -297,25 +298,25 @@ def test_windows_of_a_step_come_from_many_images():
 def test_draws_depend_on_seed_and_epoch_alone():
     dataset = CountingImages(7)
     loader = loader_of(dataset, seed=5)
-    first = draws_of(loader, dataset)
-    assert draws_of(loader, dataset) == first
+    first = samples_of(loader, dataset)
+    assert samples_of(loader, dataset) == first
     torch.manual_seed(99)
-    assert draws_of(loader_of(dataset, seed=5), dataset) == first
+    assert samples_of(loader_of(dataset, seed=5), dataset) == first
 
     loader.epoch = 1
-    second = draws_of(loader, dataset)
+    second = samples_of(loader, dataset)
     assert second != first
     loader.epoch = 0
-    assert draws_of(loader, dataset) == first
-    assert draws_of(loader_of(dataset, seed=6), dataset) != first
+    assert samples_of(loader, dataset) == first
+    assert samples_of(loader_of(dataset, seed=6), dataset) != first
 
 
 def test_another_epoch_draws_every_kind_of_number_anew():
     dataset = CountingImages(7)
     loader = loader_of(dataset, windows_per_image=20, batch_size=200)
-    (first,) = draws_of(loader, dataset)
+    (first,) = samples_of(loader, dataset)
     loader.epoch = 1
-    (second,) = draws_of(loader, dataset)
+    (second,) = samples_of(loader, dataset)
     assert all(a != b for a, b in zip(first, second, strict=True))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from anomalib_intra.patch_svdd import torch_model as torch_model_module
 from anomalib_intra.patch_svdd.loss import PatchSVDDLoss
-from anomalib_intra.patch_svdd.pairs import DIRECTIONS, LevelPairs, PairBatch, Pairs, cut_pairs, draw_pairs
+from anomalib_intra.patch_svdd.pairs import DIRECTIONS, LevelPairs, PairBatch, Pairs, cut_pairs, sample_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel, nearest_distances, spread
 
 SIDES = {"small": 32, "big": 64}
@@ -93,7 +93,7 @@ def test_groups_encoded_at_once_come_back_in_order_and_each_encoder_runs_once():
 
 def test_pairs_encoded_at_once_keep_their_places():
     model = model_of((128, 128))
-    pairs = cut_pairs(draw_pairs(torch.rand(2, 3, 128, 128), 2, seeded()), model.mean_image)
+    pairs = cut_pairs(sample_pairs(torch.rand(2, 3, 128, 128), 2, seeded()), model.mean_image)
     features = model.encode_pairs(pairs)
     for level in ("small", "big"):
         patches, got = getattr(pairs, level), getattr(features, level)
@@ -329,7 +329,7 @@ def test_maps_under_autocast_are_in_float32_and_close():
 
 
 def pairs_drawn(size=(128, 160), images=4, pairs_per_image=3000, seed=0):
-    return draw_pairs(torch.zeros(images, 3, *size), pairs_per_image, seeded(seed))
+    return sample_pairs(torch.zeros(images, 3, *size), pairs_per_image, seeded(seed))
 
 
 def fields_of(batch, level):
@@ -430,7 +430,7 @@ def test_images_too_small_for_two_big_patches_are_refused(size):
 
 def test_patches_are_slices_of_the_image_less_its_mean():
     images, mean = torch.rand(3, 3, 128, 150, generator=seeded()), torch.rand(3, 128, 150, generator=seeded(1))
-    batch = draw_pairs(images, 4, seeded(2))
+    batch = sample_pairs(images, 4, seeded(2))
     pairs = cut_pairs(batch, mean, noise=0)
     for level, K in SIDES.items():
         position, label, offset, near_position, near_offset = fields_of(batch, level)
@@ -452,7 +452,7 @@ def test_neighbours_as_cut_lie_in_the_direction_of_their_label():
     # Pixels hold their own place, so patches do too.
     y, x = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
     images = torch.stack((y, x, y))[None]
-    pairs = cut_pairs(draw_pairs(images, 200, seeded()), torch.zeros(3, 128, 128), noise=0)
+    pairs = cut_pairs(sample_pairs(images, 200, seeded()), torch.zeros(3, 128, 128), noise=0)
     for level in pairs:
         shift = (level.second - level.first)[:, :2].mean(dim=(-2, -1))
         for number, direction in enumerate(DIRECTIONS):
@@ -463,7 +463,7 @@ def test_neighbours_as_cut_lie_in_the_direction_of_their_label():
 def test_noise_is_a_shift_and_pixel_noise_on_the_position_task_alone(level):
     torch.manual_seed(0)
     mean = torch.zeros(3, 128, 128)
-    got = getattr(cut_pairs(draw_pairs(torch.full((2, 3, 128, 128), 0.5), 150, seeded()), mean), level)
+    got = getattr(cut_pairs(sample_pairs(torch.full((2, 3, 128, 128), 0.5), 150, seeded()), mean), level)
     for patches in (got.near_first, got.near_second):
         assert torch.equal(patches, torch.full_like(patches, 0.5))
     for patches in (got.first, got.second):
@@ -481,7 +481,7 @@ def test_noise_is_a_shift_and_pixel_noise_on_the_position_task_alone(level):
 
 
 def test_noise_comes_from_the_global_source():
-    batch = draw_pairs(torch.rand(1, 3, 128, 128), 2, seeded())
+    batch = sample_pairs(torch.rand(1, 3, 128, 128), 2, seeded())
     torch.manual_seed(1)
     first = cut_pairs(batch, torch.zeros(3, 128, 128)).small.first
     assert not torch.equal(cut_pairs(batch, torch.zeros(3, 128, 128)).small.first, first)
@@ -566,7 +566,7 @@ def test_bf16_features_are_compared_in_float32():
 def test_every_parameter_is_trained(bf16):
     torch.manual_seed(0)
     model, loss = PatchSVDDModel((128, 128)), PatchSVDDLoss()
-    pairs = cut_pairs(draw_pairs(torch.rand(2, 3, 128, 128), 4, seeded()), model.mean_image)
+    pairs = cut_pairs(sample_pairs(torch.rand(2, 3, 128, 128), 4, seeded()), model.mean_image)
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         loss(model.encode_pairs(pairs)).total.backward()
     for name, parameter in [*model.named_parameters(), *loss.named_parameters()]:
@@ -577,7 +577,7 @@ def test_every_parameter_is_trained(bf16):
 def test_each_term_trains_both_encoders():
     torch.manual_seed(0)
     model, loss = PatchSVDDModel((128, 128)), PatchSVDDLoss()
-    pairs = cut_pairs(draw_pairs(torch.rand(2, 3, 128, 128), 4, seeded()), model.mean_image)
+    pairs = cut_pairs(sample_pairs(torch.rand(2, 3, 128, 128), 4, seeded()), model.mean_image)
     for term in ("position", "svdd"):
         model.zero_grad()
         getattr(loss(model.encode_pairs(pairs)), term).backward()
@@ -593,7 +593,7 @@ def test_training_learns_positions():
     model.mean_image.fill_(0.5)
     history = []
     for step in range(12):
-        terms = loss(model.encode_pairs(cut_pairs(draw_pairs(images, 16, seeded(step)), model.mean_image)))
+        terms = loss(model.encode_pairs(cut_pairs(sample_pairs(images, 16, seeded(step)), model.mean_image)))
         optimizer.zero_grad()
         terms.total.backward()
         optimizer.step()
@@ -603,7 +603,7 @@ def test_training_learns_positions():
 
 
 def test_draws_are_where_the_images_are():
-    draws = draw_pairs(torch.rand(2, 3, 128, 128, device="meta"), 3, torch.Generator().manual_seed(0))
+    draws = sample_pairs(torch.rand(2, 3, 128, 128, device="meta"), 3, torch.Generator().manual_seed(0))
     assert all(value.device.type == "meta" for value in vars(draws).values() if value is not None)
 
 

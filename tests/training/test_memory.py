@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Long runs: memory stays flat. Slow; prints what it measured (python -m pytest -m slow -s tests/test_memory.py)."""
+"""Long runs: memory stays flat. Slow; with ``-m slow -s`` it prints what it measured."""
 
 import gc
 from pathlib import Path
@@ -59,8 +59,6 @@ def test_memory_stays_flat_over_2000_steps(demo: TextureDemo, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
-@pytest.mark.usefixtures("torch_threads")
-@pytest.mark.parametrize("torch_threads", [1, 3], indirect=True)
 def test_memory_stays_flat_over_500_predictions(demo: TextureDemo, tmp_path: Path) -> None:
     model = tiny_intra()
     tiny_engine(tmp_path, max_epochs=1, logger=False).fit(model, datamodule=demo)

@@ -16,7 +16,7 @@ from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.data.normal_images import NormalImages, Share
 
 from ..conftest import tiny_engine, tiny_intra
-from ..test_windows import CountingImages, draws_of, loader_of
+from ..test_windows import CountingImages, loader_of, samples_of
 
 WORLD = 2
 
@@ -33,8 +33,8 @@ def test_every_draw_is_made_by_one_process_and_steps_are_those_of_one(count: int
         loader_of(dataset, windows_per_image=6, batch_size=11, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
-    steps = draws_of(alone, dataset)
-    of_each = [draws_of(share, dataset) for share in shares]
+    steps = samples_of(alone, dataset)
+    of_each = [samples_of(share, dataset) for share in shares]
     assert {len(share) for share in shares} == {len(part) for part in of_each} == {len(of_each[0])}
     for number, parts in enumerate(zip(*of_each, strict=True)):
         sizes = {len(part[0]) for part in parts}
@@ -45,7 +45,7 @@ def test_every_draw_is_made_by_one_process_and_steps_are_those_of_one(count: int
 
 
 def test_a_step_too_small_for_the_processes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 draws cannot be shared by 3 processes"):
+    with pytest.raises(ValueError, match=r"2 samples cannot be shared by 3 processes"):
         loader_of(CountingImages(3), batch_size=2, world_size=3)
 
 

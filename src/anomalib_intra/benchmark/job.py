@@ -18,7 +18,7 @@ from rich import print as rich_print
 from rich.markup import escape
 
 from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class, parse
-from anomalib_intra.training.whole_file import write_whole
+from anomalib_intra.training.atomic_file import write_atomically
 
 _KEYS = {"seed", "model", "data", "image_size"}
 
@@ -112,7 +112,7 @@ class BenchmarkRun(Job):
         pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
         head = {"model": self.model, "category": self.category, "seed": self.seed, "pretrained": pretrained}
         text = json.dumps({"config": self.config, "row": {**head, **measured, "error": error}}, indent=1)
-        write_whole(self.folder / "row.json", text)
+        write_atomically(self.folder / "row.json", text)
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> DataFrame:

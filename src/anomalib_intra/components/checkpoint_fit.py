@@ -2,24 +2,20 @@
 """Whether a checkpoint fits the model that loads it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 logger = logging.getLogger(__name__)
 
-# The arguments that decide the shape of the weights, or what they mean.
-_ARCHITECTURE = (
-    "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
-    "position", "long_residuals", "readout",
-)  # fmt: skip
 
-
-def check_architecture(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse weights of another architecture.
 
     Args:
+        model (str): Name of the model.
+        names (Sequence[str]): Arguments that decide the shape of the weights, or what they mean.
         saved (Mapping[str, Any]): Arguments of the model that was saved.
         present (Mapping[str, Any]): Arguments of the model that loads it.
 
@@ -27,8 +23,8 @@ def check_architecture(saved: Mapping[str, Any], present: Mapping[str, Any]) -> 
         ValueError: If they differ in what decides the weights; names the differences.
 
     Example:
-        >>> check_architecture({"depth": 13, "patience": 50}, {"depth": 13, "patience": 5})
-        >>> check_architecture({"depth": 13}, {"depth": 4})
+        >>> check_architecture("InTra", ["depth"], {"depth": 13, "patience": 50}, {"depth": 13, "patience": 5})
+        >>> check_architecture("InTra", ["depth"], {"depth": 13}, {"depth": 4})
         Traceback (most recent call last):
         ...
         ValueError: The checkpoint holds an InTra with depth=13 (here 4): build the model with the checkpoint's \
@@ -36,13 +32,13 @@ values, or use InTra.load_from_checkpoint, which does.
     """
     differing = [
         f"{name}={_plain(saved[name])!r} (here {_plain(present[name])!r})"
-        for name in _ARCHITECTURE
+        for name in names
         if name in saved and name in present and _plain(saved[name]) != _plain(present[name])
     ]
     if differing:
         msg = (
-            f"The checkpoint holds an InTra with {', '.join(differing)}: build the model with the checkpoint's "
-            "values, or use InTra.load_from_checkpoint, which does."
+            f"The checkpoint holds a {model} with {', '.join(differing)}: build the model with the checkpoint's "
+            f"values, or use {model}.load_from_checkpoint, which does."
         )
         raise ValueError(msg)
 

@@ -1,29 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """From image and reconstruction to anomaly map, score and decision (sec. 3.5, eq. 16-18)."""
 
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from anomalib.data import InferenceBatch
-from anomalib.data.utils import read_mask
 from anomalib.models.components import DynamicBufferMixin
-from kornia.filters import box_blur, gaussian_blur2d
 from lightning.pytorch import LightningModule, Trainer
-from PIL import Image
 from torch.nn.functional import interpolate
 
+from anomalib_intra.components.anomaly_map import Deviation, anomaly_map, difference_map, image_score
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.components.reconstruction import Reconstruction
-from anomalib_intra.components.similarity import colour_difference, gms_difference
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
-from anomalib_intra.data.image_files import mask_files
+from anomalib_intra.data.image_files import common_size, masks_of_files
 
-#: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
-_KERNELS_AT_512 = (21, 11)
-_SIGMA = (2.0, 2.0)
-_DEVIATIONS = ("squared", "positive", "scaled")
+_DEVIATIONS = get_args(Deviation)
 _PAPER = {"colour_weight": 0.0, "deviation": "squared"}
-_SMALLEST_STD = 1e-12
 
 
 class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
@@ -80,7 +73,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         pixel_quantile: float = 0.999,
         original_size: bool = False,
         colour_weight: float = 0.0,
-        deviation: Literal["squared", "positive", "scaled"] = "squared",
+        deviation: Deviation = "squared",
     ) -> None:
         if not 0 <= colour_weight <= 1:
             raise ValueError(f"colour_weight must be in [0, 1], got {colour_weight}.")
@@ -124,38 +117,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Those of them that are not the paper's."""
         return {name: value for name, value in self.map_options.items() if value != _PAPER[name]}
 
-    # ---- eq. 16 to 18 ------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def difference_map(images: torch.Tensor, reconstructions: torch.Tensor, colour_weight: float = 0.0) -> torch.Tensor:
-        """Gradient magnitude difference at half and quarter scale, smoothed, mean of both (eq. 16).
-
-        Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
-            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
-            colour_weight (float): Weight of a colour difference beside it; 0 is the paper's map.
-
-        Returns:
-            torch.Tensor: Difference maps in [0, 1], shape ``(B, 1, H, W)``.
-
-        Example:
-            >>> InTraPostProcessor.difference_map(torch.rand(1, 3, 64, 96), torch.rand(1, 3, 64, 96)).shape
-            torch.Size([1, 1, 64, 96])
-        """
-        size = images.shape[-2:]
-        maps = []
-        with torch.autocast(images.device.type, enabled=False):
-            x, y = images.float(), reconstructions.float()
-            for kernel_at_512 in _KERNELS_AT_512:
-                # Each scale halves the one before: at once to a quarter, bilinear resizing reads 4 of 16 pixels.
-                x, y = _halve(x), _halve(y)
-                kernel = _scaled_kernel(kernel_at_512, min(size))
-                difference = gms_difference(x, y)
-                if colour_weight:
-                    difference = torch.lerp(difference, colour_difference(x, y.clamp(0, 1)), colour_weight)
-                smooth = gaussian_blur2d(box_blur(difference, kernel), kernel, _SIGMA)
-                maps.append(interpolate(smooth, size=size, mode="bilinear", align_corners=False))
-        return torch.stack(maps).mean(dim=0)
+    # ---- from reconstruction to raw map ------------------------------------------------------------------------------
 
     def raw_anomaly_map(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Squared deviation of the difference map from the training mean (eq. 17), or another ``deviation``.
@@ -178,21 +140,14 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 "and this checkpoint; that computes the mean from the training images."
             )
             raise RuntimeError(msg)
-        difference = self.difference_map(images, reconstructions, self.colour_weight)
+        difference = difference_map(images, reconstructions, self.colour_weight)
         if difference.shape[-2:] != self.training_mean.shape[-2:]:
             msg = (
                 f"Images of {difference.shape[-2]} x {difference.shape[-1]} pixels cannot be compared with a training "
                 f"mean of {self.training_mean.shape[-2]} x {self.training_mean.shape[-1]}: resize the images to that."
             )
             raise ValueError(msg)
-        deviation = difference - self.training_mean
-        if self.deviation == "positive":
-            deviation = deviation.clamp(min=0)
-        elif self.deviation == "scaled":
-            # Without the mean, a pixel at which all training images happen to be alike would decide everything.
-            usual = self.training_std.mean()
-            deviation = deviation * 2 * usual / (self.training_std + usual + _SMALLEST_STD)
-        return deviation**2
+        return anomaly_map(difference, self.training_mean, self.training_std, self.deviation)
 
     def suspicious(self, predictions: Reconstruction) -> torch.Tensor:
         """Tell where a first reconstruction differs so much that a second pass should not see what is there.
@@ -205,22 +160,6 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """
         return self.raw_anomaly_map(*predictions) > self.suspicion_threshold
 
-    @staticmethod
-    def score(anomaly_maps: torch.Tensor) -> torch.Tensor:
-        """The maximum of each anomaly map (eq. 18).
-
-        Args:
-            anomaly_maps (torch.Tensor): Anomaly maps, shape ``(B, 1, H, W)``.
-
-        Returns:
-            torch.Tensor: Scores, shape ``(B,)``.
-
-        Example:
-            >>> InTraPostProcessor.score(torch.arange(8.0).reshape(2, 1, 2, 2))
-            tensor([3., 7.])
-        """
-        return anomaly_maps.amax(dim=(-3, -2, -1))
-
     # ---- calibration -------------------------------------------------------------------------------------------------
 
     @property
@@ -232,24 +171,24 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Store the mean difference map of the training images (eq. 17).
 
         Args:
-            mean (torch.Tensor): Mean of :meth:`difference_map` over the training images, shape ``(1, 1, H, W)``.
+            mean (torch.Tensor): Mean of the difference maps of the training images, shape ``(1, 1, H, W)``.
             std (torch.Tensor | None): Its standard deviation, for ``deviation="scaled"``. Defaults to the same
                 everywhere.
         """
-        self.training_mean = mean.detach().clone().to(self._image_threshold)
+        self.training_mean = mean.detach().clone().to(self.suspicion_threshold)
         std = torch.ones_like(mean) if std is None else std
-        self.training_std = std.detach().clone().to(self._image_threshold)
+        self.training_std = std.detach().clone().to(self.suspicion_threshold)
 
     def reset(self) -> None:
         """Forget training mean and thresholds: they belong to weights that are about to change."""
-        self.training_mean = torch.empty(0, device=self._image_threshold.device)
-        self.training_std = torch.empty(0, device=self._image_threshold.device)
+        self.training_mean = torch.empty(0, device=self.suspicion_threshold.device)
+        self.training_std = torch.empty(0, device=self.suspicion_threshold.device)
         self.suspicion_threshold.fill_(torch.nan)
         super().reset()
 
     def suspect_above_pixel_threshold(self) -> None:
         """Have :meth:`suspicious` take the present pixel threshold, which belongs to the first of two passes."""
-        self.suspicion_threshold.copy_(self._pixel_threshold)
+        self.suspicion_threshold.copy_(self.pixel_threshold)
 
     def observe(self, batch: InTraBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.
@@ -259,7 +198,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 raw scores and maps.
         """
         maps = self.raw_anomaly_map(torch.as_tensor(batch.image), torch.as_tensor(batch.reconstruction))
-        batch.update(pred_score=self.score(maps), anomaly_map=maps)
+        batch.update(pred_score=image_score(maps), anomaly_map=maps)
         super().observe(batch)
 
     # ---- inference ---------------------------------------------------------------------------------------------------
@@ -274,7 +213,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             InferenceBatch: Scores ``(B,)``, maps ``(B, 1, H, W)`` in float32, labels and masks.
         """
         maps = self.raw_anomaly_map(predictions.image, predictions.reconstruction)
-        return super().forward(InferenceBatch(pred_score=self.score(maps), anomaly_map=maps))
+        return super().forward(InferenceBatch(pred_score=image_score(maps), anomaly_map=maps))
 
     def post_process_batch(self, batch: InTraBatch) -> None:
         """Score a batch in place.
@@ -284,9 +223,9 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """
         maps = self.raw_anomaly_map(torch.as_tensor(batch.image), torch.as_tensor(batch.reconstruction))
         if self.original_size:
-            size = _common_file_size(batch.image_path)
+            size = common_size(batch.image_path)
             maps = interpolate(maps, size=size, mode="bilinear", align_corners=False)
-        batch.update(pred_score=self.score(maps), anomaly_map=maps)
+        batch.update(pred_score=image_score(maps), anomaly_map=maps)
         super().post_process_batch(batch)
 
     # ---- callback ----------------------------------------------------------------------------------------------------
@@ -298,52 +237,5 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         super().on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
         if self.original_size and outputs.gt_mask is not None:
             loader: Any = trainer.test_dataloaders
-            masks = _masks_of_files(loader.dataset, outputs)
+            masks = masks_of_files(loader.dataset, outputs.image_path, outputs.anomaly_map.shape[-2:])
             outputs.gt_mask = masks.to(outputs.anomaly_map.device)
-
-
-def _halve(x: torch.Tensor) -> torch.Tensor:
-    size = [max(1, side // 2) for side in x.shape[-2:]]
-    return interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
-def _scaled_kernel(at_512: int, size: int) -> int:
-    """Scale a kernel size linearly with the image size, to the nearest odd number of at least 3."""
-    return max(3, 2 * round((at_512 * size / 512 - 1) / 2) + 1)
-
-
-def _common_file_size(paths: list[str] | None) -> tuple[int, int]:
-    if not paths:
-        msg = "original_size=True needs the image files, and this batch has no image_path: set original_size=False."
-        raise ValueError(msg)
-    sizes = set()
-    for path in paths:
-        with Image.open(path) as image:
-            sizes.add((image.height, image.width))
-    if len(sizes) > 1:
-        msg = (
-            f"original_size=True needs images of one size in a batch, found {sorted(sizes)}: set eval_batch_size=1 on "
-            "the datamodule, or original_size=False."
-        )
-        raise ValueError(msg)
-    return sizes.pop()
-
-
-def _masks_of_files(dataset: Any, batch: InTraBatch) -> torch.Tensor:
-    if not hasattr(dataset, "samples"):
-        msg = (
-            f"original_size=True needs anomalib's dataset for the masks, not {type(dataset).__name__}: set it to False."
-        )
-        raise ValueError(msg)
-    assert batch.anomaly_map is not None
-    assert batch.image_path is not None
-    # Not batch.mask_path: collating drops it where the first image of a batch is normal.
-    mask_paths = dict(zip(dataset.samples.image_path, dataset.samples.mask_path, strict=True))
-    size = batch.anomaly_map.shape[-2:]
-    masks = []
-    for image_path in batch.image_path:
-        mask = torch.zeros(size, dtype=torch.uint8)
-        for path in mask_files(mask_paths[image_path]):
-            mask |= torch.as_tensor(read_mask(path, as_tensor=True))
-        masks.append(mask)
-    return torch.stack(masks)

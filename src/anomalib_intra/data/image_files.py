@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from anomalib.data import AnomalibDataset, PredictDataset
-from anomalib.data.utils import LabelName
+from anomalib.data.utils import LabelName, read_mask
 from PIL import ExifTags, Image
 from torch.utils.data import Subset
 
@@ -105,6 +106,64 @@ def mask_files(mask_path: Any) -> list[str]:
     """
     paths = mask_path if isinstance(mask_path, list) else [mask_path]
     return [path for path in paths if isinstance(path, str) and path]
+
+
+def common_size(image_paths: list[str] | None) -> tuple[int, int]:
+    """Tell the size of image files of which all have the same.
+
+    Args:
+        image_paths (list[str] | None): Their paths.
+
+    Returns:
+        tuple[int, int]: Height and width in pixels.
+
+    Raises:
+        ValueError: If there are no paths, or sizes differ.
+    """
+    if not image_paths:
+        msg = "original_size=True needs the image files, and this batch has no image_path: set original_size=False."
+        raise ValueError(msg)
+    sizes = set()
+    for path in image_paths:
+        with Image.open(path) as image:
+            sizes.add((image.height, image.width))
+    if len(sizes) > 1:
+        msg = (
+            f"original_size=True needs images of one size in a batch, found {sorted(sizes)}: set eval_batch_size=1 on "
+            "the datamodule, or original_size=False."
+        )
+        raise ValueError(msg)
+    return sizes.pop()
+
+
+def masks_of_files(dataset: Any, image_paths: list[str], size: tuple[int, int]) -> torch.Tensor:
+    """Read the masks of images as their files hold them.
+
+    Args:
+        dataset (Any): The images' anomalib dataset.
+        image_paths (list[str]): Paths of the images.
+        size (tuple[int, int]): Height and width of the files in pixels.
+
+    Returns:
+        torch.Tensor: Masks of shape ``(B, H, W)``; zeros where an image has none.
+
+    Raises:
+        ValueError: If the dataset is of another kind.
+    """
+    if not hasattr(dataset, "samples"):
+        msg = (
+            f"original_size=True needs anomalib's dataset for the masks, not {type(dataset).__name__}: set it to False."
+        )
+        raise ValueError(msg)
+    # Not the batch's mask_path: collating drops it where the first image of a batch is normal.
+    mask_paths = dict(zip(dataset.samples.image_path, dataset.samples.mask_path, strict=True))
+    masks = []
+    for image_path in image_paths:
+        mask = torch.zeros(size, dtype=torch.uint8)
+        for path in mask_files(mask_paths[image_path]):
+            mask |= torch.as_tensor(read_mask(path, as_tensor=True))
+        masks.append(mask)
+    return torch.stack(masks)
 
 
 class _UnusableFileError(Exception):

@@ -79,12 +79,12 @@ class Share(DistributedSampler[Any]):
 class NormalImages:
     """The loaders of a training run.
 
-    Of several processes, each trains on draws from all images and evaluates a share of them: every n-th image. Where
+    Of several processes, each trains on samples from all images and evaluates a share of them: every n-th image. Where
     there are fewer held-out images than processes, each takes all of them, since Lightning cannot wait for a process
     that has nothing to validate.
 
     Args:
-        training (DataLoader): Normal images to draw from, shuffled, augmented as the datamodule says.
+        training (DataLoader): Normal images to sample from, shuffled, augmented as the datamodule says.
         statistics (DataLoader): The same images without augmentation, to calibrate with: the training mean of InTra
             (eq. 17), the memory bank of Patch-SVDD.
         held_out (DataLoader): Images that are never trained on; the normal ones give the validation loss.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a loader of images to a loader of training steps, which are random draws from them."""
+"""From a loader of images to a loader of training steps: random samples (windows, pairs of patches) of the images."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import Field, replace
@@ -8,16 +8,16 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-#: Bytes of images, one for each pixel and channel, that are drawn from at a time; a usual training set fits at once.
+#: Bytes of images, one for each pixel and channel, that are sampled from at a time; a usual training set fits at once.
 POOL_BYTES = 2**30
 
 
-class Draws(Protocol):
-    """A dataclass of draws from images, with tensors of which each row belongs to one draw, such as ``WindowBatch``.
+class Samples(Protocol):
+    """A dataclass of samples of images, such as ``WindowBatch``, with tensors of which each row belongs to one sample.
 
     Attributes:
         image (torch.Tensor): The images, shape ``(P, 3, H, W)``, as bytes or in [0, 1]: see :func:`as_fractions`.
-        index (torch.Tensor): Which image each draw is from, shape ``(B,)``.
+        index (torch.Tensor): Which image each sample is from, shape ``(B,)``.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
@@ -25,14 +25,14 @@ class Draws(Protocol):
     index: torch.Tensor
 
     def __len__(self) -> int:
-        """Number of draws."""
+        """Number of samples."""
 
 
-_Draws = TypeVar("_Draws", bound=Draws)
+_Samples = TypeVar("_Samples", bound=Samples)
 
 
 class Prepared(NamedTuple):
-    """Images that are ready to be drawn from.
+    """Images that are ready to be sampled from.
 
     Args:
         images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``, on the model's device.
@@ -43,15 +43,15 @@ class Prepared(NamedTuple):
     names: list[str]
 
 
-class DrawLoader(Generic[_Draws]):
+class SampleLoader(Generic[_Samples]):
     """Turns a loader of images into a loader of training steps.
 
-    Every epoch draws from every image equally often and in random order, so that the draws of a step come from many
+    Every epoch samples every image equally often and in random order, so that the samples of a step come from many
     images. Images are pooled up to :data:`POOL_BYTES` at a time and read once in an epoch; with ``same_every_epoch``,
     those that fit into one pool are read only once. The pool lies on the device of the model, as bytes: four times as
     many images fit as with float32, and no pixel of a resized image moves by more than 1 / 510.
 
-    Several processes make the same draws and share each step's among them: the step is that of one process, whatever
+    Several processes take the same samples and share each step's among them: the step is that of one process, whatever
     their number. What does not divide by it is left out, so that all shares count alike.
 
     The loader's state says which step comes next, so that a run can go on in the middle of an epoch.
@@ -59,26 +59,26 @@ class DrawLoader(Generic[_Draws]):
     Args:
         images (DataLoader): Loader of image batches. Its ``generator`` is seeded anew for every epoch.
         prepare (Callable): Turns such a batch into :class:`Prepared` images.
-        draw (Callable): ``draw(images, draws_per_image, generator=...)`` makes that many draws from each of
+        sample (Callable): ``sample(images, samples_per_image, generator=...)`` takes that many samples of each of
             ``(P, 3, H, W)`` images, which are bytes, shuffled.
-        draws_per_image (int): Draws from each image and epoch.
-        batch_size (int): Draws in a step, of all processes together.
+        samples_per_image (int): Samples from each image and epoch.
+        batch_size (int): Samples in a step, of all processes together.
         image_size (tuple[int, int]): Height and width of prepared images in pixels.
-        seed (int): Seed of all draws; an epoch's draws depend on it and on ``epoch`` alone.
+        seed (int): Seed of all samples; an epoch's samples depend on it and on ``epoch`` alone.
         same_every_epoch (bool): Whether an image is the same each time it is read.
         rank (int): Number of this process, from 0.
         world_size (int): Number of processes.
 
     Raises:
-        ValueError: If a step has fewer draws than there are processes.
+        ValueError: If a step has fewer samples than there are processes.
     """
 
     def __init__(
         self,
         images: DataLoader[Any],
         prepare: Callable[[Any], Prepared],
-        draw: Callable[..., _Draws],
-        draws_per_image: int,
+        sample: Callable[..., _Samples],
+        samples_per_image: int,
         batch_size: int,
         image_size: tuple[int, int],
         seed: int,
@@ -88,18 +88,18 @@ class DrawLoader(Generic[_Draws]):
     ) -> None:
         if batch_size < world_size:
             msg = (
-                f"A training step of {batch_size} draws cannot be shared by {world_size} processes: take a larger "
+                f"A training step of {batch_size} samples cannot be shared by {world_size} processes: take a larger "
                 "batch size of the model, or fewer devices."
             )
             raise ValueError(msg)
         self.images = images
         self.prepare = prepare
-        self.draw = draw
-        self.draws_per_image = draws_per_image
+        self.sample = sample
+        self.samples_per_image = samples_per_image
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
-        #: Names of the images that the present steps draw from.
+        #: Names of the images that the present steps sample from.
         self.names: list[str] = []
         self._rank, self._world_size = rank, world_size
         self._next_step = 0
@@ -115,21 +115,21 @@ class DrawLoader(Generic[_Draws]):
         full, rest = divmod(len(self.images.dataset), self._pool_size)  # type: ignore[arg-type]
         return full * self._steps(self._pool_size) + self._steps(rest)
 
-    def __iter__(self) -> Iterator[_Draws]:
+    def __iter__(self) -> Iterator[_Samples]:
         """Yield the steps of epoch ``epoch``, or those that are left of the epoch in which the run was cut off."""
         first = self._next_step if self._resumed_epoch == self.epoch else 0
         self._resumed_epoch = None
         self._next_step = 0
-        # Apart enough that the epochs of two seeds do not repeat each other's draws.
+        # Apart enough that the epochs of two seeds do not repeat each other's samples.
         seed = self.seed * 1_000_003 + self.epoch
         generator = torch.Generator().manual_seed(seed)
         for pool in self._kept_pool() if self._keeps else self._pools(seed):
             self.names = pool.names
-            draws = self.draw(pool.images, self.draws_per_image, generator=generator)
+            samples = self.sample(pool.images, self.samples_per_image, generator=generator)
             for share in self._shares(len(pool.images)):
                 self._next_step += 1
                 if self._next_step > first:
-                    yield _take(draws, share)
+                    yield _take(samples, share)
 
     def state_dict(self) -> dict[str, int]:
         """Tell the epoch and how many of its steps were taken."""
@@ -142,12 +142,12 @@ class DrawLoader(Generic[_Draws]):
 
     def _steps(self, images: int) -> int:
         """Tell how many steps a pool is for."""
-        full, rest = divmod(images * self.draws_per_image, self.batch_size)
-        return full + (rest >= self._world_size)  # of a smaller rest, not every process would get a draw
+        full, rest = divmod(images * self.samples_per_image, self.batch_size)
+        return full + (rest >= self._world_size)  # of a smaller rest, not every process would get a sample
 
     def _shares(self, images: int) -> list[slice]:
-        """Tell which draws of a pool are this process's, step by step."""
-        count = images * self.draws_per_image
+        """Tell which samples of a pool are this process's, step by step."""
+        count = images * self.samples_per_image
         shares = []
         for start in range(0, count, self.batch_size):
             size = (min(start + self.batch_size, count) - start) // self._world_size
@@ -157,7 +157,7 @@ class DrawLoader(Generic[_Draws]):
 
     def _kept_pool(self) -> Iterator[Prepared]:
         if self._kept is None:
-            # In an order that does not depend on the epoch, so that a resumed run makes the same draws.
+            # In an order that does not depend on the epoch, so that a resumed run takes the same samples.
             (self._kept,) = self._pools(self.seed)
         yield self._kept
 
@@ -211,10 +211,10 @@ def _pooled(parts: list[Prepared]) -> Prepared:
     return Prepared(torch.cat([part.images for part in parts]), [name for part in parts for name in part.names])
 
 
-def _take(draws: _Draws, part: slice) -> _Draws:
-    of_each_draw = {
-        name: value[part].to(draws.image.device)
-        for name, value in vars(draws).items()
+def _take(samples: _Samples, part: slice) -> _Samples:
+    of_each_sample = {
+        name: value[part].to(samples.image.device)
+        for name, value in vars(samples).items()
         if isinstance(value, torch.Tensor) and name != "image"
     }
-    return replace(draws, **of_each_draw)
+    return replace(samples, **of_each_sample)

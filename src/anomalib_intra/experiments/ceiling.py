@@ -18,9 +18,8 @@ from anomalib_intra.intra.lightning_model import InTra
 #: To find the fastest product, all are measured in turns, several times for so many seconds each.
 _TURNS = 5
 _SECONDS_OF_A_TURN = 0.1
-#: Windows that the products are those of, beside those of a training step: on a CPU, reconstruction takes 32 at a time
-#: for each thread.
-_WINDOWS = (32, 64)
+#: Windows that the products are those of, beside those of a training step: as many as reconstruction takes at a time.
+_WINDOWS = (64,)
 #: Products are repeated for so many seconds before the clock is asked, since a device is waited for then.
 _SECONDS_BETWEEN_LOOKS = 0.01
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pandas import Series, read_csv
 
-from anomalib_intra.training.whole_file import write_whole
+from anomalib_intra.training.atomic_file import write_atomically
 
 
 def read_curve(path: Path) -> Series:
@@ -71,7 +71,7 @@ class LossCurve(Callback):
             raise ValueError(msg)
         if trainer.is_global_zero:
             losses = {**read_curve(self.path).to_dict(), epoch: loss}
-            write_whole(self.path, Series(losses, name="val_loss").rename_axis("epoch").to_csv())
+            write_atomically(self.path, Series(losses, name="val_loss").rename_axis("epoch").to_csv())
         seconds = (time.monotonic() - self._started) / (epoch + 1 - self._first_epoch)
         left = timedelta(seconds=round(seconds * (self.epochs - epoch - 1 + self.to_come)))
         trainer.print(f"{self.name}, epoch {epoch + 1} of {self.epochs}: val_loss {loss:.6f}, about {left} left")

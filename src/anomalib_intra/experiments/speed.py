@@ -17,11 +17,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from anomalib_intra.benchmark.machine import device_name, forget_peak_memory, peak_memory_mib, wait_for
-from anomalib_intra.data.samples import DrawLoader, Prepared
+from anomalib_intra.data.samples import Prepared, SampleLoader
 from anomalib_intra.experiments.ceiling import Ceiling
 from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.intra.torch_model import InpaintingTransformer
-from anomalib_intra.training.kept_memory import kept_memory
 
 #: What is timed is timed up to so many times, and not again once that took so many seconds.
 _TURNS, _SECONDS_OF_A_MEASUREMENT = 10, 20.0
@@ -30,7 +29,7 @@ _SHARE_OF_THE_CEILING = 0.1
 _SECONDS_OF_THE_CEILING = 0.2
 #: Windows that the plain loop inpaints, one after the other.
 _WINDOWS_OF_THE_LOOP = 24
-#: Images that training windows are drawn from.
+#: Images that training windows are sampled from.
 _TRAINING_IMAGES = 4
 
 
@@ -45,12 +44,11 @@ def speed(
 
     Shares are ratios to the rate of torch's matrix products at the model's own shapes: the fastest of them is timed
     before and after each measurement, since a machine's clock and what else runs on it change from second to second.
-    The work is counted as that of every window computed alone and whole, so that work which is shared or saved counts
-    as done. Where products in bf16 do not even reach half the rate of float32, because the processor has no
+    Where products in bf16 do not even reach half the rate of float32, because the processor has no
     instructions for them, nothing else is measured in bf16.
 
     Args:
-        model (dict | None): Arguments of :class:`InTra`, ``compile_blocks`` among them; the paper's model without any.
+        model (dict | None): Arguments of :class:`InTra`; the paper's model without any.
         image_sizes (Sequence[int]): Sides of square images in pixels.
         batch_sizes (Sequence[int]): Images reconstructed at once.
         training_steps (int): Training steps that are timed, after one that is not.
@@ -66,7 +64,7 @@ def speed(
         >>> tiny = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
         >>> table = speed({**tiny, "windows_per_image": 8, "window_batch_size": 8}, [64], [1], 1, "cpu")
         >>> sorted(table["what"].unique())
-        ['matrix products', 'reconstruct', 'training step', 'training step, windows drawn before', 'window by window']
+        ['matrix products', 'reconstruct', 'training step', 'training step, windows sampled before', 'window by window']
     """
     device = torch.device(device or (torch.accelerator.current_accelerator(check_available=True) or "cpu"))
     progress = Console(stderr=True)
@@ -97,8 +95,8 @@ def _measurements(
         if rates[precision] < rates["float32"] / 2:
             return
 
-        flops = _flops_of_a_window(_intra({**arguments, "compile_blocks": False}, image_sizes[0], device).model)
-        measure = partial(_measure, device, precision, flops, ceiling, intra.compile_blocks or device.type != "cpu")
+        flops = _flops_of_a_window(intra.model)
+        measure = partial(_measure, device, precision, flops, ceiling)
         autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
         # (in inference mode, the loop would cast all weights for every window)
         with torch.no_grad(), autocast():
@@ -122,7 +120,7 @@ def _measurements(
         # Backwards takes twice the work of forwards.
         for what, seconds_of in (
             ("training step", train),
-            ("training step, windows drawn before", partial(train, drawn_before=True)),
+            ("training step, windows sampled before", partial(train, sampled_before=True)),
         ):
             yield {**measure(what, windows, seconds_of, work=3), "image_size": image_sizes[0]}
 
@@ -132,13 +130,12 @@ def _measure(
     precision: str,
     flops: int,
     ceiling: Ceiling,
-    first_sets_up: bool,
     what: str,
     windows: int,
     seconds_of: Callable[[], float],
     work: int = 1,
 ) -> dict[str, Any]:
-    if first_sets_up:  # by compiling, or loading what a device needs
+    if device.type != "cpu":  # the first loads what the device needs
         seconds_of()
     seconds, ceiling_beside, peak = _in_turns(device, seconds_of, ceiling)
     rate = windows * work * flops / seconds
@@ -169,10 +166,7 @@ def _in_turns(
 
 
 def _intra(arguments: dict[str, Any], size: int, device: torch.device) -> InTra:
-    intra = InTra(**{**arguments, "image_size": (size, size)}, visualizer=False).to(device).eval()
-    if intra.compile_blocks:
-        intra.model.compile_blocks()
-    return intra
+    return InTra(**{**arguments, "image_size": (size, size)}, visualizer=False).to(device).eval()
 
 
 def _flops_of_a_window(model: InpaintingTransformer) -> int:
@@ -198,17 +192,17 @@ def _loop(model: InpaintingTransformer) -> None:
 
 
 def time_training(
-    intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any], drawn_before: bool = False
+    intra: InTra, steps: int, device: torch.device, autocast: Callable[[], Any], sampled_before: bool = False
 ) -> float:
-    """Time training steps with Adam on random images, from drawing the windows to the changed weights.
+    """Time training steps with Adam on random images, from sampling the windows to the changed weights.
 
     Args:
         intra (InTra): Model on the device; its weights change.
         steps (int): Steps that are timed, after one that is not.
         device (torch.device): The device.
         autocast (Callable): Makes a context of the precision, such as ``contextlib.nullcontext``.
-        drawn_before (bool): Take the same windows in every step, drawn before the clock starts: what a step takes where
-            nothing waits for data.
+        sampled_before (bool): Take the same windows in every step, sampled before the clock starts: what a step takes
+            where nothing waits for data.
 
     Returns:
         float: Seconds of all steps.
@@ -216,10 +210,10 @@ def time_training(
     random: Any = torch.rand(_TRAINING_IMAGES, 3, *intra.image_size)  # as good as a Dataset
     images = DataLoader(random, generator=torch.Generator())
     per_image = -(-(steps + 1) * intra.window_batch_size // _TRAINING_IMAGES)
-    loader = DrawLoader(
+    loader = SampleLoader(
         images,
         lambda x: Prepared(x.to(device), ["random"] * len(x)),
-        intra.draw_windows,
+        intra.sampling.sample,
         per_image,
         intra.window_batch_size,
         intra.image_size,
@@ -228,21 +222,20 @@ def time_training(
     optimizer = torch.optim.Adam(intra.model.parameters(), lr=intra.learning_rate)
     intra.train()
     started = 0.0
-    with kept_memory(device):  # as in a training
-        batches = repeat(next(iter(loader))) if drawn_before else loader
-        for number, batch in enumerate(batches):
-            with autocast():
-                loss = intra.loss_of(batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if number == 0:
-                wait_for(device)
-                started = time.perf_counter()
-            if number == steps:
-                break
-        wait_for(device)
-        seconds = time.perf_counter() - started
+    batches = repeat(next(iter(loader))) if sampled_before else loader
+    for number, batch in enumerate(batches):
+        with autocast():
+            loss = intra.loss_of(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if number == 0:
+            wait_for(device)
+            started = time.perf_counter()
+        if number == steps:
+            break
+    wait_for(device)
+    seconds = time.perf_counter() - started
     intra.eval()
     return seconds
 

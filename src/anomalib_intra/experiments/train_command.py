@@ -21,6 +21,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from anomalib_intra.experiments.loss_curve import LossCurve
 from anomalib_intra.intra.lightning_model import InTra
+from anomalib_intra.training.internals import parser_of
 
 
 class Fit(AnomalibCLI):
@@ -52,7 +53,7 @@ class Fit(AnomalibCLI):
             raise ValueError(msg) from error
         if self.datamodule is None:
             raise ValueError("The config has no data to train on: add a datamodule with its class_path.")
-        self.settings = yaml.safe_load(self._parser("fit").dump(self.config["fit"], skip_default=True))
+        self.settings = yaml.safe_load(parser_of(self, "fit").dump(self.config["fit"], skip_default=True))
         # A seed of 1 equals the default, which is True, and would be left out.
         self.settings["seed_everything"] = self.config["fit"]["seed_everything"]
 
@@ -113,7 +114,7 @@ class Fit(AnomalibCLI):
         given = arguments.pop("callbacks") or []
         given = given if isinstance(given, list) else [given]
         # Carries the command line to the model, which looks for its seed, optimizer and schedule there.
-        parser: Any = self._parser("fit")
+        parser: Any = parser_of(self, "fit")
         commanded = SaveConfigCallback(parser, self.config["fit"], overwrite=True)
         kept = [one for one in given if not isinstance(one, Checkpoint)]
         return Engine(

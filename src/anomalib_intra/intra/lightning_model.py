@@ -5,60 +5,35 @@ InTra: Inpainting Transformer for Anomaly Detection, Pirnay and Chai, https://ar
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeGuard
+from typing import Any, Literal
 
 import torch
-from anomalib.callbacks import ModelCheckpoint
-from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
-from rich.progress import track
 
-from anomalib_intra.components.batch import InTraBatch, is_normal
-from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
-from anomalib_intra.components.flat_check import FlatCheck
 from anomalib_intra.components.reconstruction import Reconstruction
-from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
-from anomalib_intra.components.trained_module import DrawnModule
-from anomalib_intra.components.visualizer import InTraVisualizer
+from anomalib_intra.components.reconstruction_module import ReconstructionModule
+from anomalib_intra.components.trained_module import Sampling
 from anomalib_intra.data.normal_images import NormalImages
-from anomalib_intra.data.samples import DrawLoader
-from anomalib_intra.experiments.compiler import why_not_compiled
 from anomalib_intra.intra.grid import patchify
 from anomalib_intra.intra.loss import InpaintingLoss
 from anomalib_intra.intra.second_pass import second_pass
 from anomalib_intra.intra.torch_model import InpaintingTransformer
-from anomalib_intra.intra.windows import WindowBatch, cut_training_windows, draw_windows
-from anomalib_intra.training.checkpoints import BestCheckpoint, LastCheckpoint
+from anomalib_intra.intra.windows import WindowBatch, cut_training_windows, sample_windows
 from anomalib_intra.training.command_line import as_commanded
 
 logger = logging.getLogger(__name__)
 
-#: Share of a flat image's error above which a reconstruction counts as flat.
-_COLLAPSED = 0.9
 
-
-class InferenceWithReconstruction(NamedTuple):
-    """anomalib's four outputs, and what they were computed from."""
-
-    pred_score: torch.Tensor
-    pred_label: torch.Tensor | None
-    anomaly_map: torch.Tensor
-    pred_mask: torch.Tensor | None
-    image: torch.Tensor
-    reconstruction: torch.Tensor
-
-
-class InTra(DrawnModule):
+class InTra(ReconstructionModule):
     """InTra: the inpainting transformer for anomaly detection.
 
     Images of normal parts are cut into K x K patches. A transformer sees a window of L x L patches with one hidden and
@@ -80,7 +55,7 @@ class InTra(DrawnModule):
         alpha (float): Weight of the gradient magnitude term of the loss (eq. 12).
         beta (float): Weight of the structural similarity term of the loss (eq. 12).
         learning_rate (float): Learning rate of Adam.
-        windows_per_image (int): Windows drawn from each image and epoch.
+        windows_per_image (int): Windows sampled from each image and epoch.
         window_batch_size (int): Windows in a training step.
         patience (int): Epochs without a better validation loss after which training stops.
         augment (bool): Flip and turn the windows' images at random. Switch it off where a flipped part is a defect.
@@ -92,8 +67,6 @@ class InTra(DrawnModule):
             central one alone, as the paper does; more than that asks for a model trained on any window.
         second_pass (bool): Look twice at images with suspicious patches: the second time, these are covered by their
             first reconstruction, so that what is around them is not painted from a defect. Not in the paper.
-        compile_blocks (bool): Have torch.compile fuse what the transformer's blocks compute. Compiling takes a minute;
-            what it gains is in docs/performance.md. Where it does not work, a warning says why and it is left out.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
         post_processor (PostProcessor | bool): True or an :class:`InTraPostProcessor`.
         evaluator (Evaluator | bool): True gives anomalib's default metrics.
@@ -110,10 +83,11 @@ class InTra(DrawnModule):
     """
 
     model: InpaintingTransformer
-    post_processor: InTraPostProcessor
-    draws_name = "windows"
-    post_processor_kind = InTraPostProcessor
-    batch_kind = InTraBatch
+    samples_name = "windows"
+    architecture = (
+        "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
+        "position", "long_residuals", "readout",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -138,7 +112,6 @@ class InTra(DrawnModule):
         centred_windows: bool = False,
         window_shift: int = 0,
         second_pass: bool = False,
-        compile_blocks: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -162,7 +135,6 @@ class InTra(DrawnModule):
         self.centred_windows = centred_windows
         self.window_shift = window_shift
         self.second_pass = second_pass
-        self.compile_blocks = compile_blocks
         self.model = InpaintingTransformer(
             image_size=image_size,
             patch_size=patch_size,
@@ -178,31 +150,15 @@ class InTra(DrawnModule):
             window_shift=window_shift,
         )
         self.loss = InpaintingLoss(alpha, beta)
-        self._flat_check = FlatCheck()
-        self._exports_reconstruction = False
 
     # ---- components --------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def configure_visualizer(cls) -> Visualizer:
-        """Original, reconstruction, anomaly map and masks side by side.
-
-        Returns:
-            Visualizer: An :class:`InTraVisualizer`.
-        """
-        return InTraVisualizer()
-
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add early stopping and a checkpoint of the best epoch, unless the user brought their own."""
+        """Add early stopping, unless the user brought their own."""
         callbacks = list(super().configure_callbacks())
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         if not any(isinstance(callback, EarlyStopping) for callback in present):
             callbacks.append(EarlyStopping("val_loss", mode="min", patience=self.patience))
-        checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
-        if len(checkpoints) == 1 and _is_engine_default(checkpoints[0]):
-            # The Engine's own keeps the last epoch, without its validation loss.
-            present.remove(checkpoints[0])
-            callbacks += [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
         return callbacks
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -213,60 +169,23 @@ class InTra(DrawnModule):
         """
         return as_commanded(self, torch.optim.Adam(self.model.parameters(), lr=self.learning_rate))
 
-    def draw_weights(self) -> None:
-        """Draw the weights of the transformer anew."""
-        self.model.draw_weights()
+    def reset_parameters(self) -> None:
+        """Initialise the weights of the transformer anew."""
+        self.model.reset_parameters()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Compile, where that was asked for and works.
-
-        Args:
-            stage (str): Lightning's name of what begins.
-        """
-        super().setup(stage)
-        if not self.compile_blocks:
-            return
-        reason = why_not_compiled(self.trainer.strategy.root_device)
-        if reason is None:
-            self.model.compile_blocks()
-        else:
-            logger.warning("torch.compile does not work here (%s): going on without it.", reason)
-
-    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader[WindowBatch]:
-        """Draw windows with a hidden patch (sec. 4.1).
-
-        Args:
-            images (NormalImages): The loaders of the run.
-            seed (int): Seed of all draws.
-
-        Returns:
-            DrawLoader: Loader of :class:`WindowBatch`.
-        """
-        return DrawLoader(
-            images.training,
-            self.prepare,
-            self.draw_windows,
-            self.windows_per_image,
-            self.window_batch_size,
-            self.image_size,
-            seed,
-            images.same_every_epoch,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
-
     @property
-    def draw_windows(self) -> Callable[..., WindowBatch]:
-        """How training windows are drawn: :func:`~anomalib_intra.intra.windows.draw_windows` with this model's sizes."""
-        return partial(
-            draw_windows,
+    def sampling(self) -> Sampling:
+        """Windows with a hidden patch (sec. 4.1)."""
+        sample = partial(
+            sample_windows,
             patch_size=self.patch_size,
             window_size=self.window_size,
             augment=self.augment,
             centred=self.centred_windows,
         )
+        return Sampling(sample, self.windows_per_image, self.window_batch_size)
 
     @property
     def evaluated_at_once(self) -> int:
@@ -304,190 +223,50 @@ class InTra(DrawnModule):
         inpainted = self.model.inpaint(windows, batch.r, batch.s, batch.t, batch.u)
         return self.loss(self._as_images(hidden), self._as_images(inpainted))
 
-    def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
-        """Inpaint every patch of the normal images of a batch and compare it with the original (sec. 4.1).
+    def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Compare every patch of normal images with the inpainted one (eq. 12).
 
         Args:
-            batch (InTraBatch): Batch of images; gets reconstructions.
-            *args: Unused.
-            **kwargs: Unused.
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
 
         Returns:
-            InTraBatch: The batch.
+            torch.Tensor: The loss, a scalar.
         """
-        del args, kwargs
-        batch.reconstruction = self._reconstruct(batch)
-        normal = is_normal(batch)
-        if normal.any():
-            images, reconstructions = (torch.as_tensor(x)[normal].float() for x in (batch.image, batch.reconstruction))
-            self._flat_check.update(images, reconstructions)
-            original, inpainted = (
-                rearrange(patchify(x, self.patch_size), "b n m d -> (b n m) d") for x in (images, reconstructions)
-            )
-            self.add_val_loss(self.loss(self._as_images(original), self._as_images(inpainted)), int(normal.sum()))
-        return batch
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin to compare the reconstructions with a flat image anew."""
-        super().on_validation_epoch_start()
-        self._flat_check.reset()
-
-    def on_train_end(self) -> None:
-        """Say so if the model has learned nothing; then calibrate it."""
-        error, flat = self._flat_check.compute()
-        if error > _COLLAPSED * flat:
-            logger.warning(
-                "The reconstructions of held-out images are hardly better than a flat image of their mean colour (mean "
-                "squared error %.5f, flat %.5f): the model has learned next to nothing. Train for longer, or with "
-                "another learning_rate.",
-                error,
-                flat,
-            )
-        super().on_train_end()
-
-    # ---- calibration -------------------------------------------------------------------------------------------------
-
-    not_calibrated = "This checkpoint has no training mean (its training was cut off)."
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the training mean is there."""
-        return self.post_processor.is_calibrated
-
-    def calibrate(self, images: NormalImages) -> None:
-        """Compute the training mean (eq. 17) and the thresholds.
-
-        Args:
-            images (NormalImages): The loaders of the run.
-        """
-        total, count = torch.zeros(2, 1, *self.image_size, device=self.device), 0
-        for batch in track(images.statistics, "Training mean (eq. 17)"):
-            batch = self._reconstructed(batch)
-            normal = is_normal(batch)
-            image, reconstruction = (torch.as_tensor(x)[normal] for x in (batch.image, batch.reconstruction))
-            maps = self.post_processor.difference_map(image, reconstruction, self.post_processor.colour_weight)
-            total += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)])
-            count += len(maps)
-        mean, mean_square = self.mean_of_all(total, count)[:, None]
-        self.post_processor.set_training_mean(mean, (mean_square - mean**2).clamp(min=0).sqrt())
-        self._set_thresholds(images)
-        if self.second_pass:
-            self.post_processor.suspect_above_pixel_threshold()
-            self._set_thresholds(images)
-
-    def _set_thresholds(self, images: NormalImages) -> None:
-        for batch in track(images.thresholds, "Thresholds"):
-            self.post_processor.observe(self._reconstructed(batch))
-        self.post_processor.set_thresholds()
-
-    # ---- test and prediction -----------------------------------------------------------------------------------------
-
-    def test_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
-        """Reconstruct a batch; the post-processor scores it.
-
-        Args:
-            batch (InTraBatch): Batch of images; gets reconstructions.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            InTraBatch: The batch.
-        """
-        del args, kwargs
-        batch.reconstruction = self._reconstruct(batch)
-        return batch
-
-    # ---- export ------------------------------------------------------------------------------------------------------
-
-    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch | InferenceWithReconstruction:
-        """Score images of any size, as an exported model does.
-
-        Args:
-            batch (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            InferenceBatch | InferenceWithReconstruction: Scores ``(B,)``, labels, and maps and masks of the model's
-            size; while :meth:`to_onnx` exports it, also the reconstruction.
-        """
-        del args, kwargs
-        predictions = self._predict(self.pre_processor(batch) if self.pre_processor else batch)
-        scored = self.post_processor(predictions)
-        return InferenceWithReconstruction(*scored, **predictions._asdict()) if self._exports_reconstruction else scored
-
-    def to_onnx(
-        self,
-        export_root: Path | str,
-        model_file_name: str = "model",
-        input_size: tuple[int, int] | None = None,
-        reconstruction: bool = False,
-        **kwargs: Any,
-    ) -> Path:
-        """Export to ONNX, on request with what the model expected to see.
-
-        Engine and command line hand ``onnx_kwargs`` on to this method, for OpenVINO too.
-
-        Args:
-            export_root (Path | str): Folder in which ``weights/onnx`` is made.
-            model_file_name (str): Name of the file, without suffix.
-            input_size (tuple[int, int] | None): Height and width of all images; any by default.
-            reconstruction (bool): Give the outputs ``image``, resized as the model saw it, and ``reconstruction``, both
-                of shape ``(B, 3, H, W)``, beside the four standard ones. anomalib's inferencers refuse models with more
-                outputs than those four.
-            **kwargs (Any): Arguments of ``torch.onnx.export``.
-
-        Returns:
-            Path: The ONNX file.
-
-        Example:
-            >>> engine.export(model, "onnx", onnx_kwargs={"reconstruction": True})  # doctest: +SKIP
-        """
-        self._exports_reconstruction = reconstruction
-        try:
-            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
-        finally:
-            self._exports_reconstruction = False
-
-    # ---- checkpoints -------------------------------------------------------------------------------------------------
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, then restore what was stored and still holds."""
-        check_architecture(checkpoint.get("hyper_parameters", {}), self.hparams)
-        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-        forget_stale_calibration(checkpoint, {**self._scored_with, **self.post_processor.asked_options}, blank)
-        super().on_load_checkpoint(checkpoint)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store beside the weights what the calibration depends on."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_with"] = {**self._scored_with, **self.post_processor.map_options}
-
-    @property
-    def _scored_with(self) -> dict[str, Any]:
-        return {"window_shift": self.window_shift, "second_pass": self.second_pass}
-
-    # ---- helpers -----------------------------------------------------------------------------------------------------
+        patches = (rearrange(patchify(x, self.patch_size), "b n m d -> (b n m) d") for x in (images, reconstructions))
+        return self.loss(*(self._as_images(x) for x in patches))
 
     def _as_images(self, patches: torch.Tensor) -> torch.Tensor:
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
 
-    def _predict(self, images: torch.Tensor) -> Reconstruction:
-        predictions: Reconstruction = self.model(images)
+    # ---- second pass -------------------------------------------------------------------------------------------------
+
+    @property
+    def scored_with(self) -> dict[str, Any]:
+        """The options of this model that the calibration depends on."""
+        return {"window_shift": self.window_shift, "second_pass": self.second_pass}
+
+    def reconstruct(self, images: torch.Tensor) -> Reconstruction:
+        """Inpaint every patch of images, a second time where that was asked for.
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+
+        Returns:
+            Reconstruction: Images and reconstructions.
+        """
+        first = super().reconstruct(images)
         if not self.second_pass or not self.is_calibrated:  # (in training, or for the training mean, there is one pass)
-            return predictions
-        return second_pass(self.model, predictions, self.post_processor.suspicious(predictions))
+            return first
+        return second_pass(self.model, first, self.post_processor.suspicious(first))
 
-    def _reconstruct(self, batch: InTraBatch) -> torch.Tensor:
-        return self._predict(torch.as_tensor(batch.image)).reconstruction
+    def set_thresholds(self, images: NormalImages) -> None:
+        """Set the thresholds, those of the first pass before those of the second.
 
-    def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
-        batch = self.on_device(batch)
-        assert isinstance(batch, InTraBatch), "the batch_kind"
-        with self.trainer.precision_plugin.forward_context():
-            batch.reconstruction = self._reconstruct(batch)
-        return batch
-
-
-def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:
-    return type(checkpoint) is ModelCheckpoint and checkpoint.monitor is None and checkpoint.filename == "model"
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        super().set_thresholds(images)
+        if self.second_pass:
+            self.post_processor.suspect_above_pixel_threshold()
+            super().set_thresholds(images)

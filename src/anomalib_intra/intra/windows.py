@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How training windows are drawn and cut (sec. 3.4 and 4.1)."""
+"""How training windows are sampled and cut (sec. 3.4 and 4.1)."""
 
 from dataclasses import dataclass
 
 import torch
 from einops import rearrange
-from kornia.geometry.transform import hflip, vflip
 
 from anomalib_intra.data.samples import as_fractions
+from anomalib_intra.data.symmetries import Symmetries, apply_symmetries, sample_symmetries
 from anomalib_intra.intra.grid import centred_origin, patchify
 
 
-@dataclass
-class WindowBatch:
+@dataclass(kw_only=True)
+class WindowBatch(Symmetries):
     """The windows of one training step, still uncut.
 
     Args:
@@ -22,9 +22,6 @@ class WindowBatch:
         s (torch.Tensor): Its column, 1-based, shape ``(B,)``.
         t (torch.Tensor): Row of the hidden patch, 1-based, shape ``(B,)``.
         u (torch.Tensor): Its column, 1-based, shape ``(B,)``.
-        transposed (torch.Tensor): Whether the image is transposed first, shape ``(B,)``.
-        flipped_h (torch.Tensor): Whether it is then flipped left to right, shape ``(B,)``.
-        flipped_v (torch.Tensor): Whether it is then flipped top to bottom, shape ``(B,)``.
         gt_mask (None): Always None; anomalib's pre-processor asks for it.
 
     All positions are those in the transposed and flipped image.
@@ -36,17 +33,14 @@ class WindowBatch:
     s: torch.Tensor
     t: torch.Tensor
     u: torch.Tensor
-    transposed: torch.Tensor
-    flipped_h: torch.Tensor
-    flipped_v: torch.Tensor
-    gt_mask: None = None
+    gt_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Number of windows."""
         return len(self.index)
 
 
-def draw_windows(
+def sample_windows(
     images: torch.Tensor,
     windows_per_image: int,
     patch_size: int,
@@ -77,8 +71,8 @@ def draw_windows(
         WindowBatch: All ``P * windows_per_image`` windows.
 
     Example:
-        >>> draws = draw_windows(torch.rand(2, 3, 64, 64), 5, 16, 3, True, torch.Generator().manual_seed(0))
-        >>> len(draws), int(draws.r.min()) >= 1, int(draws.r.max()) <= 2
+        >>> samples = sample_windows(torch.rand(2, 3, 64, 64), 5, 16, 3, True, torch.Generator().manual_seed(0))
+        >>> len(samples), int(samples.r.min()) >= 1, int(samples.r.max()) <= 2
         (10, True, True)
     """
     rows, columns = (side // patch_size for side in images.shape[-2:])
@@ -86,10 +80,6 @@ def draw_windows(
 
     def uniform(low: int, high: int) -> torch.Tensor:
         return torch.randint(low, high + 1, (count,), generator=generator)
-
-    def coin(allowed: bool = True) -> torch.Tensor:
-        toss = uniform(0, 1).bool()
-        return toss if augment and allowed else torch.zeros_like(toss)
 
     order = torch.randperm(count, generator=generator)
     if centred:
@@ -105,9 +95,7 @@ def draw_windows(
         s=s,
         t=t,
         u=u,
-        transposed=coin(rows == columns),
-        flipped_h=coin(),
-        flipped_v=coin(),
+        **sample_symmetries(count, rows == columns, augment, generator),
     )
 
 
@@ -115,7 +103,7 @@ def cut_training_windows(batch: WindowBatch, patch_size: int, window_size: int) 
     """Cut the windows of a step, on whatever device the images are.
 
     Args:
-        batch (WindowBatch): Images and draws.
+        batch (WindowBatch): Images and samples.
         patch_size (int): Side length K of a patch in pixels.
         window_size (int): Side length L of a window in patches.
 
@@ -123,8 +111,8 @@ def cut_training_windows(batch: WindowBatch, patch_size: int, window_size: int) 
         torch.Tensor: Windows of flattened patches, shape ``(B, L, L, K * K * 3)``.
 
     Example:
-        >>> draws = draw_windows(torch.rand(2, 3, 64, 64), 5, 16, 3, True, torch.Generator().manual_seed(0))
-        >>> cut_training_windows(draws, 16, 3).shape
+        >>> samples = sample_windows(torch.rand(2, 3, 64, 64), 5, 16, 3, True, torch.Generator().manual_seed(0))
+        >>> cut_training_windows(samples, 16, 3).shape
         torch.Size([10, 3, 3, 768])
     """
     # Undo the flips, then the transposition, to find where the window lies in the image as it was read.
@@ -139,10 +127,4 @@ def cut_training_windows(batch: WindowBatch, patch_size: int, window_size: int) 
     pixels = batch.image[rearrange(batch.index, "b -> b 1 1"), :, y, x]
     windows = rearrange(as_fractions(pixels), "b h w c -> b c h w")
 
-    def where(choice: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:
-        return torch.where(rearrange(choice, "b -> b 1 1 1"), changed, windows)
-
-    windows = where(batch.transposed, rearrange(windows, "b c h w -> b c w h"))
-    windows = where(batch.flipped_h, hflip(windows))
-    windows = where(batch.flipped_v, vflip(windows))
-    return patchify(windows, patch_size)
+    return patchify(apply_symmetries(windows, batch), patch_size)

@@ -18,17 +18,16 @@ from rich.progress import track
 from torch import nn
 
 from anomalib_intra.components.batch import is_normal
-from anomalib_intra.components.trained_module import DrawnModule
+from anomalib_intra.components.trained_module import Sampling, TrainedModule
 from anomalib_intra.data.normal_images import NormalImages, Share
-from anomalib_intra.data.samples import DrawLoader
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
-from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, draw_pairs
+from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, sample_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
 from anomalib_intra.training.command_line import as_commanded
 from anomalib_intra.training.processes import gathered
 
 
-class PatchSVDD(DrawnModule):
+class PatchSVDD(TrainedModule):
     """Patch-SVDD: patch-level support vector data description.
 
     An encoder learns from normal images alone to tell where patches lie relative to each other, and to give near
@@ -41,8 +40,8 @@ class PatchSVDD(DrawnModule):
         svdd_weight (float): Weight lambda of the distance between the features of near patches. One value for all
             categories; tuned per category on test images, it would flatter the model.
         learning_rate (float): Learning rate of Adam.
-        pairs_per_image (int): Draws from each image and epoch; a draw is one pair for each level and task.
-        pair_batch_size (int): Draws in a training step.
+        pairs_per_image (int): Samples from each image and epoch; a sample is one pair for each level and task.
+        pair_batch_size (int): Samples in a training step.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
         post_processor (PostProcessor | bool): True or an :class:`UnsaturatedPostProcessor`.
         evaluator (Evaluator | bool): True gives anomalib's default metrics.
@@ -60,7 +59,7 @@ class PatchSVDD(DrawnModule):
     """
 
     model: PatchSVDDModel
-    draws_name = "pairs"
+    samples_name = "pairs"
 
     def __init__(
         self,
@@ -96,37 +95,19 @@ class PatchSVDD(DrawnModule):
         """
         return as_commanded(self, torch.optim.Adam(self.parameters(), lr=self.learning_rate))
 
-    def draw_weights(self) -> None:
-        """Draw the weights of encoder and position classifiers anew."""
-        self.model.draw_weights()
+    def reset_parameters(self) -> None:
+        """Initialise the weights of encoder and position classifiers anew."""
+        self.model.reset_parameters()
         for layer in self.loss.modules():
             if isinstance(layer, nn.Linear):
                 layer.reset_parameters()
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
-    def draw_loader(self, images: NormalImages, seed: int) -> DrawLoader[PairBatch]:
-        """Draw pairs of patches.
-
-        Args:
-            images (NormalImages): The loaders of the run.
-            seed (int): Seed of all draws.
-
-        Returns:
-            DrawLoader: Loader of :class:`PairBatch`.
-        """
-        return DrawLoader(
-            images.training,
-            self.prepare,
-            draw_pairs,
-            self.pairs_per_image,
-            self.pair_batch_size,
-            self.image_size,
-            seed,
-            images.same_every_epoch,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+    @property
+    def sampling(self) -> Sampling:
+        """Pairs of patches."""
+        return Sampling(sample_pairs, self.pairs_per_image, self.pair_batch_size)
 
     def on_fit_start(self) -> None:
         """Forget the memory bank, and compute the mean training image, which is subtracted from all images."""
@@ -172,8 +153,8 @@ class PatchSVDD(DrawnModule):
         normal = is_normal(batch)
         if normal.any():
             images = torch.as_tensor(batch.image)[normal]
-            draws = draw_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(self._number(batch_idx)))
-            self.add_val_loss(self._loss_of(draws, noise=0.0).total, len(draws))
+            samples = sample_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(self._number(batch_idx)))
+            self.add_val_loss(self._loss_of(samples, noise=0.0).total, len(samples))
         return batch
 
     def _number(self, batch_idx: int) -> int:
@@ -183,8 +164,8 @@ class PatchSVDD(DrawnModule):
         assert isinstance(share, Share)
         return share.rank + batch_idx * share.num_replicas
 
-    def _loss_of(self, draws: PairBatch, **noise: float) -> LossTerms:
-        return self.loss(self.model.encode_pairs(cut_pairs(draws, self.model.mean_image, **noise)))
+    def _loss_of(self, samples: PairBatch, **noise: float) -> LossTerms:
+        return self.loss(self.model.encode_pairs(cut_pairs(samples, self.model.mean_image, **noise)))
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 

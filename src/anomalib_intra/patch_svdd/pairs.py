@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How training pairs of patches are drawn and cut (sec. 3.1-3.2)."""
+"""How training pairs of patches are sampled and cut (sec. 3.1-3.2)."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -85,7 +85,7 @@ class PairBatch:
     gt_mask: None = None
 
     def __len__(self) -> int:
-        """Number of draws."""
+        """Number of samples."""
         return len(self.index)
 
 
@@ -109,41 +109,41 @@ def check_trainable(size: tuple[int, int]) -> None:
         raise ValueError(msg)
 
 
-def draw_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Generator) -> PairBatch:
+def sample_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Generator) -> PairBatch:
     """Draw random patch pairs of both levels and both tasks from every image, in random order.
 
     Args:
         images (torch.Tensor): Images in [0, 1], shape ``(P, 3, H, W)`` with height and width of at least 128.
-        pairs_per_image (int): Draws from each image; a draw is one pair for each task and level.
+        pairs_per_image (int): Samples from each image; a sample is one pair for each task and level.
         generator (torch.Generator): Source of randomness, on the CPU.
 
     Returns:
-        PairBatch: On the images' device, all ``P * pairs_per_image`` draws.
+        PairBatch: On the images' device, all ``P * pairs_per_image`` samples.
 
     Raises:
         ValueError: If the images are too small for two big patches side by side.
 
     Example:
-        >>> draws = draw_pairs(torch.rand(2, 3, 128, 160), 5, torch.Generator().manual_seed(0))
-        >>> len(draws), int(draws.small_offset.abs().max()) < 32
+        >>> samples = sample_pairs(torch.rand(2, 3, 128, 160), 5, torch.Generator().manual_seed(0))
+        >>> len(samples), int(samples.small_offset.abs().max()) < 32
         (10, True)
     """
     size = (images.shape[-2], images.shape[-1])
     check_trainable(size)
     count = len(images) * pairs_per_image
     order = torch.randperm(count, generator=generator)
-    draws: dict[str, Any] = {"index": order % len(images)}
+    samples: dict[str, Any] = {"index": order % len(images)}
     for level, patch_size in (("small", SMALL_PATCH), ("big", BIG_PATCH)):
         label, offset = _draw_neighbours(count, patch_size, generator)
         near_offset = _draw_near_offsets(count, patch_size, generator)
-        draws |= {
+        samples |= {
             f"{level}_position": _draw_positions(offset, size, patch_size, generator),
             f"{level}_label": label,
             f"{level}_offset": offset,
             f"{level}_near_position": _draw_positions(near_offset, size, patch_size, generator),
             f"{level}_near_offset": near_offset,
         }
-    return PairBatch(image=images, **{name: value.to(images.device) for name, value in draws.items()})
+    return PairBatch(image=images, **{name: value.to(images.device) for name, value in samples.items()})
 
 
 def _draw_neighbours(count: int, patch_size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,7 +177,7 @@ def cut_pairs(batch: PairBatch, mean_image: torch.Tensor, noise: float = NOISE) 
     for each patch and channel, and one for each pixel and channel, drawn from torch's global source of randomness.
 
     Args:
-        batch (PairBatch): Images and draws.
+        batch (PairBatch): Images and samples.
         mean_image (torch.Tensor): Mean of the training images, shape ``(3, H, W)``.
         noise (float): Standard deviation of each of the two kinds of noise.
 
@@ -185,8 +185,8 @@ def cut_pairs(batch: PairBatch, mean_image: torch.Tensor, noise: float = NOISE) 
         Pairs: The patches of both levels, ``(B, 3, K, K)`` each, and the labels ``(B,)``.
 
     Example:
-        >>> draws = draw_pairs(torch.rand(2, 3, 128, 160), 5, torch.Generator().manual_seed(0))
-        >>> pairs = cut_pairs(draws, torch.zeros(3, 128, 160))
+        >>> samples = sample_pairs(torch.rand(2, 3, 128, 160), 5, torch.Generator().manual_seed(0))
+        >>> pairs = cut_pairs(samples, torch.zeros(3, 128, 160))
         >>> pairs.small.first.shape, pairs.big.near_second.shape
         (torch.Size([10, 3, 32, 32]), torch.Size([10, 3, 64, 64]))
     """

@@ -130,12 +130,12 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
             raise ValueError(msg)
         self.small_encoder = SmallEncoder()
         self.big_head = BigHead()
-        self.draw_weights()
+        self.reset_parameters()
         self.register_buffer("mean_image", torch.zeros(3, height, width))
         self.register_buffer("bank_small", torch.empty(0, FEATURE_DIM))
         self.register_buffer("bank_big", torch.empty(0, FEATURE_DIM))
 
-    def draw_weights(self) -> None:
+    def reset_parameters(self) -> None:
         """Draw all weights anew."""
         self.apply(_initialise)
 

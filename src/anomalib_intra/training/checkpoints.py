@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, and how both are written."""
+"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, random numbers, how all are written."""
 
 import logging
-import os
+import random
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+
+from anomalib_intra.training.atomic_file import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -45,19 +48,13 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        _write(Path(path), lambda part: torch.save(checkpoint, part))
+        _save(Path(path), lambda part: torch.save(checkpoint, part))
 
 
-def _write(target: Path, write: Callable[[Path], object]) -> None:
-    part = target.with_name(target.name + ".part")
+def _save(target: Path, write: Callable[[Path], object]) -> None:
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(part)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.replace(target)
+        write_atomically(target, write)
     except (OSError, RuntimeError) as error:  # torch wraps what the system says into a RuntimeError
-        part.unlink(missing_ok=True)
         kept = "the checkpoint that was there before is still whole" if target.is_file() else "nothing was there before"
         msg = (
             f"Could not write the checkpoint {target} ({error}); {kept}. Make room, or make the folder writable, and "
@@ -113,7 +110,7 @@ class BestCheckpoint(ModelCheckpoint):
                 state_dict = {**state_dict, "best_model_path": ""}
             else:
                 if self._trainer.is_global_zero and found.resolve() != here.resolve():
-                    _write(here, lambda part: shutil.copyfile(found, part))
+                    _save(here, lambda part: shutil.copyfile(found, part))
                 self._trainer.strategy.barrier()
                 state_dict = {
                     **state_dict,
@@ -215,3 +212,57 @@ class LastCheckpoint(Checkpoint):
         if self._handler_before is not None:
             signal.signal(signal.SIGINT, self._handler_before)
             self._handler_before = None
+
+
+def keep_best_and_last(trainer: Trainer) -> list[Checkpoint]:
+    """Put checkpoints of the best and the last epoch in the place of the Engine's own, which keeps the last alone.
+
+    Args:
+        trainer (Trainer): The trainer, from whose callbacks the Engine's own is taken out.
+
+    Returns:
+        list[Checkpoint]: The callbacks to add; none where the user brought checkpoints of their own.
+    """
+    present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+    checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
+    if len(checkpoints) != 1 or not _is_engine_default(checkpoints[0]):
+        return []
+    present.remove(checkpoints[0])
+    return [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
+
+
+def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:
+    return type(checkpoint) is ModelCheckpoint and checkpoint.monitor is None and checkpoint.filename == "model"
+
+
+def random_state() -> dict[str, Any]:
+    """Read the states of Python's, NumPy's and torch's generators.
+
+    Returns:
+        dict[str, Any]: Tensors, numbers and tuples, which load with ``weights_only=True``.
+
+    Example:
+        >>> state = random_state()
+        >>> first = torch.rand(3), random.random(), np.random.rand()
+        >>> set_random_state(state)
+        >>> torch.equal(first[0], torch.rand(3)), first[1] == random.random(), first[2] == np.random.rand()
+        (True, True, True)
+    """
+    numpy_state = np.random.get_state(legacy=False)
+    return {
+        "python": random.getstate(),
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
+        "torch": torch.get_rng_state(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Bring the generators back to a state.
+
+    Args:
+        state (dict[str, Any]): What :func:`random_state` gave.
+    """
+    random.setstate(state["python"])
+    inner = state["numpy"]["state"]
+    np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
+    torch.set_rng_state(state["torch"].cpu())

@@ -2,16 +2,16 @@
 """What a command line says and anomalib does not hear: seed, optimizer and schedule, in all commands that train."""
 
 import logging
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback, instantiate_class
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from anomalib_intra.components.trained_module import DrawnModule
+from anomalib_intra.training.internals import trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,18 +46,19 @@ def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRSche
     return configured
 
 
-def seed_as_commanded(module: "DrawnModule") -> None:
+def seed_as_commanded(module: LightningModule, reset_parameters: Callable[[], None]) -> None:
     """Heed ``--seed_everything``, which anomalib takes and drops.
 
-    The model has drawn its weights by then, so it draws them anew.
+    The model has initialised its weights by then, so it does that anew.
 
     Args:
-        module (DrawnModule): Model that is about to be trained.
+        module (LightningModule): Model that is about to be trained.
+        reset_parameters (Callable): Initialises its weights anew.
     """
     seed = command_line(module).get("seed_everything")
     if isinstance(seed, int) and not isinstance(seed, bool):
         seed_everything(seed, workers=True)
-        module.draw_weights()
+        reset_parameters()
 
 
 def drop_unreadable(module: LightningModule) -> None:
@@ -83,6 +84,6 @@ def command_line(module: LightningModule) -> dict[str, Any]:
     Returns:
         dict[str, Any]: Its arguments; nothing where there was no command line.
     """
-    callbacks: list[Callback] = getattr(module._trainer, "callbacks", [])
+    callbacks: list[Callback] = getattr(trainer_of(module), "callbacks", [])
     saved = [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]
     return saved[0].config.as_dict() if saved else {}

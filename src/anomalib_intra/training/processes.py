@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the processes of one run tell each other."""
+"""What the processes of one run tell each other, and the folder they share."""
+
+from contextlib import suppress
+from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 from torch import distributed
 from torchmetrics.utilities.distributed import gather_all_tensors
+
+from anomalib_intra.training.internals import set_run_folder
 
 
 def gathered(values: torch.Tensor) -> torch.Tensor:
@@ -22,3 +28,25 @@ def gathered(values: torch.Tensor) -> torch.Tensor:
     if not (distributed.is_available() and distributed.is_initialized()):
         return values
     return torch.cat(gather_all_tensors(values))
+
+
+def share_run_folder(trainer: Trainer) -> None:
+    """Let every process write into the folder of the first one.
+
+    anomalib's Engine runs in every process and makes each a versioned folder of its own (v0, v1, ...), with ``latest``
+    pointing to whichever came last.
+
+    Args:
+        trainer (Trainer): The trainer of this process.
+    """
+    own = Path(trainer.default_root_dir)
+    shared = Path(trainer.strategy.broadcast(str(own)))
+    if own != shared:
+        set_run_folder(trainer, shared)
+        with suppress(OSError):  # not empty, or on another machine
+            own.rmdir()
+    trainer.strategy.barrier("run folder")
+    latest = shared.parent / "latest"
+    if trainer.is_global_zero and latest.is_symlink() and latest.resolve() != shared.resolve():
+        latest.unlink()
+        latest.symlink_to(shared, target_is_directory=True)

@@ -16,8 +16,8 @@ from anomalib_intra.experiments.reproduce.forecast import forecast
 from anomalib_intra.experiments.reproduce.page import write_page
 from anomalib_intra.experiments.reproduce.slices import Slice, read_slices
 from anomalib_intra.experiments.train_command import Fit
+from anomalib_intra.training.atomic_file import write_atomically
 from anomalib_intra.training.checkpoints import BestCheckpoint, LastCheckpoint
-from anomalib_intra.training.whole_file import write_whole
 from anomalib_intra.yardsticks import yardsticks
 
 __all__ = ["reproduce"]
@@ -114,7 +114,7 @@ def reproduce(
         "yardsticks": compared.rename(columns={"PSNR": "good_PSNR"}).to_dict(orient="index"),
         "test": str(Path(testing.trainer.default_root_dir)),
     }
-    write_whole(folder / "result.json", json.dumps(result, indent=2))
+    write_atomically(folder / "result.json", json.dumps(result, indent=2))
     write_page(result, fit.model.losses, folder)
     return result
 

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from anomalib_intra.benchmark.machine import device_name
-from anomalib_intra.training.whole_file import write_whole
+from anomalib_intra.training.atomic_file import write_atomically
 
 
 def read_slices(path: Path) -> list[dict[str, Any]]:
@@ -75,4 +75,4 @@ class Slice(Callback):
             return
         seconds = time.monotonic() - self._started
         now = {"device": device_name(pl_module.device), "seconds": round(seconds, 1), "epochs": self._epochs}
-        write_whole(self.path, json.dumps([*self._before, now], indent=2))
+        write_atomically(self.path, json.dumps([*self._before, now], indent=2))

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model that paints an image again: what differs from the original is anomalous (sec. 3.5, eq. 16-18)."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from anomalib.data import ImageBatch, InferenceBatch
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from einops import rearrange
+from lightning.pytorch import Callback
+from rich.progress import track
+from torchmetrics import R2Score
+
+from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.batch import InTraBatch, is_normal
+from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
+from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.components.trained_module import TrainedModule
+from anomalib_intra.components.visualizer import InTraVisualizer
+from anomalib_intra.data.normal_images import NormalImages
+from anomalib_intra.training.checkpoints import keep_best_and_last
+
+logger = logging.getLogger(__name__)
+
+#: Share of the pixels' variance below which a model that explains no more has learned next to nothing.
+_COLLAPSED = 0.1
+
+
+class InferenceWithReconstruction(NamedTuple):
+    """anomalib's four outputs, and what they were computed from."""
+
+    pred_score: torch.Tensor
+    pred_label: torch.Tensor | None
+    anomaly_map: torch.Tensor
+    pred_mask: torch.Tensor | None
+    image: torch.Tensor
+    reconstruction: torch.Tensor
+
+
+class ReconstructionModule(TrainedModule):
+    """An anomalib model that paints images again, and scores them by the difference.
+
+    A model adds ``self.model``, which maps images to a ``Reconstruction``, its ``sampling`` and training step, and
+    :meth:`validation_loss`. What is here is the same for all: the training mean of the difference maps (eq. 17),
+    thresholds, test, prediction, pictures, export, and the checkpoints of the best and the last epoch.
+
+    Args:
+        image_size (tuple[int, int]): Height and width to which images are resized.
+        pre_processor (PreProcessor | bool): As for :class:`TrainedModule`.
+        **components (Any): As for :class:`TrainedModule`.
+    """
+
+    #: The arguments that decide the shape of the weights, or what they mean.
+    architecture: ClassVar[tuple[str, ...]] = ("image_size",)
+
+    post_processor: InTraPostProcessor
+    post_processor_kind = InTraPostProcessor
+    batch_kind = InTraBatch
+
+    def __init__(self, image_size: tuple[int, int], pre_processor: PreProcessor | bool, **components: Any) -> None:
+        super().__init__(image_size, pre_processor, **components)
+        # One minus the squared error as a share of that of a flat image in the mean colour.
+        self._explained = R2Score(multioutput="variance_weighted")
+        self._exports_reconstruction = False
+
+    # ---- what a model decides ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Compare held-out normal images with their reconstructions.
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
+
+        Returns:
+            torch.Tensor: The mean loss, a scalar.
+        """
+
+    def reconstruct(self, images: torch.Tensor) -> Reconstruction:
+        """Paint images again.
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+
+        Returns:
+            Reconstruction: Images and reconstructions.
+        """
+        reconstruction: Reconstruction = self.model(images)
+        return reconstruction
+
+    @property
+    def scored_with(self) -> dict[str, Any]:
+        """What the calibration depends on beside weights and post-processor."""
+        return {}
+
+    # ---- components --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def configure_visualizer(cls) -> Visualizer:
+        """Original, reconstruction, anomaly map and masks side by side.
+
+        Returns:
+            Visualizer: An :class:`InTraVisualizer`.
+        """
+        return InTraVisualizer()
+
+    def configure_callbacks(self) -> Sequence[Callback]:
+        """Keep the best and the last epoch, where the Engine would keep the last alone."""
+        callbacks = super().configure_callbacks()
+        return [*callbacks, *keep_best_and_last(self.trainer)]
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin to compare with a flat image anew."""
+        super().on_validation_epoch_start()
+        self._explained.reset()
+
+    def validation_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
+        """Paint the normal images of a batch again and compare both.
+
+        Args:
+            batch (InTraBatch): Batch of images; gets reconstructions.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            InTraBatch: The batch.
+        """
+        del args, kwargs
+        batch = self._reconstructed(batch)
+        normal = is_normal(batch)
+        if normal.any():
+            images, reconstructions = (torch.as_tensor(x)[normal].float() for x in (batch.image, batch.reconstruction))
+            self.add_val_loss(self.validation_loss(images, reconstructions), int(normal.sum()))
+            self._explained.update(*(rearrange(x, "b c h w -> (b h w) c") for x in (reconstructions, images)))
+        return batch
+
+    def on_train_end(self) -> None:
+        """Say so if the model has learned nothing; then calibrate it."""
+        if self._explained.update_called and (explained := self._explained.compute()) < _COLLAPSED:
+            logger.warning(
+                "The reconstructions of held-out images are hardly better than a flat image of their mean colour (R2 "
+                "%.3f; 1 is perfect, 0 is flat): the model has learned next to nothing. Train for longer, or with "
+                "another learning_rate.",
+                explained,
+            )
+        super().on_train_end()
+
+    # ---- calibration -------------------------------------------------------------------------------------------------
+
+    not_calibrated = "This checkpoint has no training mean (its training was cut off)."
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the training mean is there."""
+        return self.post_processor.is_calibrated
+
+    def calibrate(self, images: NormalImages) -> None:
+        """Compute the training mean (eq. 17) and the thresholds.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        total, count = torch.zeros(2, 1, *self.image_size, device=self.device), 0
+        for batch in track(images.statistics, "Training mean (eq. 17)"):
+            batch = self._reconstructed(self.on_device(batch))
+            normal = is_normal(batch)
+            image, reconstruction = (torch.as_tensor(x)[normal] for x in (batch.image, batch.reconstruction))
+            maps = difference_map(image, reconstruction, self.post_processor.colour_weight)
+            total += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)])
+            count += len(maps)
+        mean, mean_square = self.mean_of_all(total, count)[:, None]
+        self.post_processor.set_training_mean(mean, (mean_square - mean**2).clamp(min=0).sqrt())
+        self.set_thresholds(images)
+
+    def set_thresholds(self, images: NormalImages) -> None:
+        """Set the thresholds, given a training mean.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        for batch in track(images.thresholds, "Thresholds"):
+            self.post_processor.observe(self._reconstructed(self.on_device(batch)))
+        self.post_processor.set_thresholds()
+
+    def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
+        assert isinstance(batch, InTraBatch), "the batch_kind"
+        with self.trainer.precision_plugin.forward_context():
+            batch.reconstruction = self.reconstruct(torch.as_tensor(batch.image)).reconstruction
+        return batch
+
+    # ---- test and prediction -----------------------------------------------------------------------------------------
+
+    def test_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
+        """Reconstruct a batch; the post-processor scores it.
+
+        Args:
+            batch (InTraBatch): Batch of images; gets reconstructions.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            InTraBatch: The batch.
+        """
+        del args, kwargs
+        return self._reconstructed(batch)
+
+    # ---- export ------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: torch.Tensor, *args: Any, **kwargs: Any) -> InferenceBatch | InferenceWithReconstruction:
+        """Score images of any size, as an exported model does.
+
+        Args:
+            batch (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            InferenceBatch | InferenceWithReconstruction: Scores ``(B,)``, labels, and maps and masks of the model's
+            size; while :meth:`to_onnx` exports it, also the reconstruction.
+        """
+        del args, kwargs
+        predictions = self.reconstruct(self.pre_processor(batch) if self.pre_processor else batch)
+        scored = self.post_processor(predictions)
+        return InferenceWithReconstruction(*scored, **predictions._asdict()) if self._exports_reconstruction else scored
+
+    def to_onnx(
+        self,
+        export_root: Path | str,
+        model_file_name: str = "model",
+        input_size: tuple[int, int] | None = None,
+        reconstruction: bool = False,
+        **kwargs: Any,
+    ) -> Path:
+        """Export to ONNX, on request with what the model expected to see.
+
+        Engine and command line hand ``onnx_kwargs`` on to this method, for OpenVINO too.
+
+        Args:
+            export_root (Path | str): Folder in which ``weights/onnx`` is made.
+            model_file_name (str): Name of the file, without suffix.
+            input_size (tuple[int, int] | None): Height and width of all images; any by default.
+            reconstruction (bool): Give the outputs ``image``, resized as the model saw it, and ``reconstruction``, both
+                of shape ``(B, 3, H, W)``, beside the four standard ones. anomalib's inferencers refuse models with more
+                outputs than those four.
+            **kwargs (Any): Arguments of ``torch.onnx.export``.
+
+        Returns:
+            Path: The ONNX file.
+
+        Example:
+            >>> engine.export(model, "onnx", onnx_kwargs={"reconstruction": True})  # doctest: +SKIP
+        """
+        self._exports_reconstruction = reconstruction
+        try:
+            return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+        finally:
+            self._exports_reconstruction = False
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture, then restore what was stored and still holds."""
+        check_architecture(self.name, self.architecture, checkpoint.get("hyper_parameters", {}), self.hparams)
+        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
+        forget_stale_calibration(checkpoint, {**self.scored_with, **self.post_processor.asked_options}, blank)
+        super().on_load_checkpoint(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store beside the weights what the calibration depends on."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.map_options}

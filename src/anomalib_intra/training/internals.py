@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The private parts of Lightning and anomalib that this package needs, each reached here and nowhere else.
+
+An update that moves one of them breaks here, and ``tests/training/test_internals.py`` says which.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from anomalib.cli.cli import AnomalibCLI
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+from torchmetrics import Metric
+
+
+def training_source(trainer: Trainer) -> Any:
+    """What Lightning takes the loader of training steps from.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Returns:
+        Any: Its ``dataloader()`` makes the datamodule's loader; a loader set as its ``instance`` takes that's place.
+    """
+    return trainer.fit_loop._data_source
+
+
+def validation_source(trainer: Trainer) -> Any:
+    """What Lightning takes the loader of validation images from while it trains, as :func:`training_source`.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Returns:
+        Any: The source; its ``is_defined()`` tells whether there is such a loader.
+    """
+    return trainer.fit_loop.epoch_loop.val_loop._data_source
+
+
+def evaluation_source(trainer: Trainer, stage: str) -> Any:
+    """What Lightning takes the loader of images to test or to validate on from, as :func:`training_source`.
+
+    Args:
+        trainer (Trainer): The trainer.
+        stage (str): ``"test"`` or ``"validate"``.
+
+    Returns:
+        Any: The source.
+    """
+    return {"test": trainer.test_loop, "validate": trainer.validate_loop}[stage]._data_source
+
+
+def set_run_folder(trainer: Trainer, folder: Path) -> None:
+    """Move the folder that a run writes to, which has no setter.
+
+    Args:
+        trainer (Trainer): The trainer.
+        folder (Path): The folder, in place of ``trainer.default_root_dir``.
+    """
+    trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """Find the trainer of a model without the error that ``module.trainer`` raises where there is none.
+
+    Args:
+        module (LightningModule): The model.
+
+    Returns:
+        Trainer | None: Its trainer.
+    """
+    return module._trainer
+
+
+def parser_of(cli: AnomalibCLI, command: str) -> ArgumentParser:
+    """Find the parser of one of a command line's commands.
+
+    Args:
+        cli (AnomalibCLI): The command line.
+        command (str): The command, such as ``"fit"``.
+
+    Returns:
+        ArgumentParser: Its parser.
+    """
+    return cli._parser(command)
+
+
+def forget_update(metric: Metric) -> None:
+    """Let a metric forget that it was updated with a batch that had nothing for it, as anomalib's metrics do.
+
+    Args:
+        metric (Metric): The metric.
+    """
+    metric._update_count -= 1
