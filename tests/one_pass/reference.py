@@ -14,7 +14,7 @@ def array(x):
 
 def reference_one_pass(model, image, radius):
     """Inpaint every patch of one image, shape (3, H, W)."""
-    K, S, heads, depth = model.patch_size, model.block_size, model.num_heads, len(model.blocks)
+    K, S, heads = model.patch_size, model.block_size, model.num_heads
     mean, std = (array(x)[:, None, None] for x in (model.channel_mean, model.channel_std))
     patches = reference_patches((image - mean) / std, K)
     N, M, _ = patches.shape
@@ -50,7 +50,7 @@ def reference_one_pass(model, image, radius):
                 scores, values = [], []
 
                 def see(both, bias, n=n, part=part, q=q, scores=scores, values=values):
-                    key, value = both[n * D : (n + 1) * D], both[(depth + n) * D : (depth + n + 1) * D]
+                    key, value = both[2 * n * D : (2 * n + 1) * D], both[(2 * n + 1) * D : (2 * n + 2) * D]
                     scores.append(q[part] @ key[part] / math.sqrt(head_dim) + bias[n * heads + part.start // head_dim])
                     values.append(value[part])
 

@@ -8,7 +8,9 @@ and each other block as one token, the mean of its patches. So the cost is near-
 import torch
 from einops import rearrange, repeat
 from torch import nn
-from torch.nn.functional import embedding, pad
+from torch.nn.functional import embedding
+
+from anomalib_intra.one_pass.fast_attention import FastAttention
 
 #: Steps from a patch to the eight around it; in the first heads of a block, the bias begins at one of them.
 _RING = [(-1, 0), (1, 0), (0, -1), (0, 1), (-1, -1), (-1, 1), (1, -1), (1, 1)]
@@ -47,8 +49,7 @@ class BlockGrid(nn.Module):
         def register(name: str, value: torch.Tensor) -> None:
             self.register_buffer(name, value, persistent=False)
 
-        # Rows and columns of patches, counted from the upper left one of a block: the block's own, and the near ones in
-        # the order of neighbourhoods().
+        # Rows and columns of patches, counted from the upper left one of a block: the block's own, and the near ones.
         own = torch.cartesian_prod(torch.arange(size), torch.arange(size))
         around = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2)) * size
         near = rearrange(around[:, None] + own, "around t yx -> (around t) yx")
@@ -67,20 +68,6 @@ class BlockGrid(nn.Module):
         register("far_offset", _number(offset + torch.tensor(self.blocks) - 1, 2 * self.blocks[1] - 1))
         register("far_visible", offset.abs().amax(dim=-1) > 1)
 
-    def neighbourhoods(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Gather the patches of each block and of the eight around it.
-
-        Args:
-            tokens (torch.Tensor): Tokens in blocks, shape ``(..., blocks, S * S, D)``.
-
-        Returns:
-            torch.Tensor: Tokens of shape ``(..., blocks, 9 * S * S, D)``, zero outside of the blocks.
-        """
-        i, j = self.blocks
-        grid = pad(tokens.unflatten(-3, (i, j)), (0, 0, 0, 0, 1, 1, 1, 1))
-        around = [grid[..., di : di + i, dj : dj + j, :, :] for di in range(3) for dj in range(3)]
-        return torch.cat(around, dim=-2).flatten(-4, -3)
-
     def pool(self, tokens: torch.Tensor) -> torch.Tensor:
         """Take the mean of each block's patches.
 
@@ -93,25 +80,37 @@ class BlockGrid(nn.Module):
         inside = rearrange(self.inside, "n t -> n t 1")
         return (tokens * inside).sum(dim=2) / inside.sum(dim=1)
 
-    def bias(self, near: torch.Tensor, far: torch.Tensor, radii: tuple[int, ...]) -> torch.Tensor:
-        """Spread relative position biases over all queries and what they see; minus infinity is what they do not.
+    def spread(self, near: torch.Tensor, far: torch.Tensor, radii: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Spread relative position biases over all pairs of a query and what it sees.
 
         Args:
             near (torch.Tensor): Bias for each offset of a patch, shape ``(near_offsets, depth * heads)``.
             far (torch.Tensor): Bias for each offset of a block, shape ``(far_offsets, depth * heads)``.
-            radii (tuple[int, ...]): Radii of the holes, R of them.
+            radii (int): Number R of queries that each patch has.
 
         Returns:
-            torch.Tensor: Biases of shape ``(depth * heads, blocks, R * S * S, 9 * S * S + blocks)``.
+            tuple[torch.Tensor, torch.Tensor]: Biases of shapes ``(depth * heads, R * S * S, 9 * S * S)`` and
+            ``(depth * heads, blocks, blocks)``.
         """
-        hidden = -torch.inf
+        near = repeat(embedding(self.near_offset, near), "t u h -> h (r t) u", r=radii)
+        return near, rearrange(embedding(self.far_offset, far), "n m h -> h n m").contiguous()
+
+    def mask(self, radii: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """What is added to the scores, so that no query sees the hole around it, the near blocks pooled or the outside.
+
+        Args:
+            radii (tuple[int, ...]): Radii of the holes, R of them.
+            dtype (torch.dtype): Type of the scores.
+
+        Returns:
+            torch.Tensor: 0, or minus infinity for what is hidden, shape ``(blocks, R * S * S, 9 * S * S + blocks)``.
+        """
         holes = torch.tensor(radii, device=self.near_distance.device)
         outside = rearrange(self.near_distance, "t u -> 1 t u") > rearrange(holes, "r -> r 1 1")
-        visible = rearrange(self.near_visible, "n u -> n 1 u") & rearrange(outside, "r t u -> 1 (r t) u")
-        near = repeat(embedding(self.near_offset, near), "t u h -> h 1 (r t) u", r=len(radii))
-        far = rearrange(embedding(self.far_offset, far), "n m h -> h n 1 m")
-        far = far.masked_fill(~rearrange(self.far_visible, "n m -> n 1 m"), hidden)
-        return torch.cat([near.masked_fill(~visible, hidden), far.expand(-1, -1, near.shape[2], -1)], dim=-1)
+        near = rearrange(self.near_visible, "n u -> n 1 u") & rearrange(outside, "r t u -> 1 (r t) u")
+        far = repeat(self.far_visible, "n m -> n rt m", rt=near.shape[1])
+        visible = torch.cat([near, far], dim=-1)
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill(~visible, -torch.inf)
 
 
 class CrossAttention(nn.Module):
@@ -128,21 +127,70 @@ class CrossAttention(nn.Module):
         self.query = nn.Linear(embed_dim, embed_dim)
         self.unify = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, y: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    def forward(self, y: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor:
         """Attend.
 
         Args:
             y (torch.Tensor): Queries of shape ``(B, blocks, T, D)``.
-            k (torch.Tensor): Keys of shape ``(B, h, blocks, U, D / h)``.
-            v (torch.Tensor): Values of the same shape.
-            bias (torch.Tensor): What is added to the scores, shape ``(h, blocks, T, U)``.
+            *seen (torch.Tensor): Keys and values, biases and mask as in :func:`attend`.
 
         Returns:
             torch.Tensor: Tokens of shape ``(B, blocks, T, D)``.
         """
-        q = rearrange(self.query(y), "b n t (h d) -> b h n t d", h=self.num_heads) * k.shape[-1] ** -0.5
-        weights = torch.softmax(q @ k.mT + bias, dim=-1).to(v.dtype)
-        return self.unify(rearrange(weights @ v, "b h n t d -> b n t (h d)"))
+        q = rearrange(self.query(y), "b n t (h d) -> b h n t d", h=self.num_heads)
+        attended = (attend_fast if _on_cpu(q) else attend)(q * q.shape[-1] ** -0.5, *seen)
+        return self.unify(rearrange(attended, "b h n t d -> b n t (h d)"))
+
+
+def attend(
+    q: torch.Tensor,
+    near: torch.Tensor,
+    far: torch.Tensor,
+    near_bias: torch.Tensor,
+    far_bias: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Attend from the patches of each block to near patches and far blocks.
+
+    Args:
+        q (torch.Tensor): Queries, scaled, shape ``(B, h, I * J, T, d)`` for I x J blocks.
+        near (torch.Tensor): Keys and values of the patches, with one more block on each side of the image, shape
+            ``(B, h, 2, I + 2, J + 2, S * S, d)``.
+        far (torch.Tensor): Keys and values of the blocks, shape ``(B, h, 2, I * J, d)``.
+        near_bias (torch.Tensor): Bias of the near patches, shape ``(h, T, 9 * S * S)``.
+        far_bias (torch.Tensor): Bias of the blocks, shape ``(h, I * J, I * J)``.
+        mask (torch.Tensor): 0, or minus infinity for what is hidden, shape ``(I * J, T, 9 * S * S + I * J)``.
+
+    Returns:
+        torch.Tensor: Tokens of shape ``(B, h, I * J, T, d)``.
+    """
+    i, j = (length - 2 for length in near.shape[3:5])
+    around = [near[..., di : di + i, dj : dj + j, :, :] for di in range(3) for dj in range(3)]
+    near = rearrange(torch.cat(around, dim=-2), "b h kv i j u d -> kv b h (i j) u d")
+    k, v = torch.cat([near, repeat(far, "b h kv m d -> kv b h n m d", n=i * j)], dim=-2)
+    near_bias = repeat(near_bias, "h t u -> h n t u", n=i * j)
+    far_bias = repeat(far_bias, "h n m -> h n t m", t=q.shape[-2])
+    # Where a weight is 0, what it is multiplied by changes nothing, not even the rounding.
+    weights = torch.softmax(q @ k.mT + torch.cat([near_bias, far_bias], dim=-1) + mask, dim=-1)
+    return weights.to(v.dtype) @ v
+
+
+def attend_fast(
+    q: torch.Tensor,
+    near: torch.Tensor,
+    far: torch.Tensor,
+    near_bias: torch.Tensor,
+    far_bias: torch.Tensor,
+    mask: torch.Tensor,
+) -> torch.Tensor:
+    """Do what :func:`attend` does, in less time on a CPU."""
+    batch_and_head = (x.flatten(0, 1) for x in (q, near, far))
+    result = FastAttention.apply(*batch_and_head, near_bias, far_bias, mask, torch.is_grad_enabled())
+    return result.view(q.shape)
+
+
+def _on_cpu(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def ring_bias(block_size: int, num_heads: int, largest_radius: int) -> torch.Tensor:

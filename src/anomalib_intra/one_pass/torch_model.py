@@ -62,9 +62,9 @@ class QueryBlock(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.mlp = Mlp(embed_dim, 4 * embed_dim)
 
-    def forward(self, y: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Map queries ``(B, blocks, T, D)`` to the next ones; keys, values, bias as in :class:`CrossAttention`."""
-        y = y + self.attention(self.norm1(y), k, v, bias)
+    def forward(self, y: torch.Tensor, *seen: torch.Tensor) -> torch.Tensor:
+        """Map queries ``(B, blocks, T, D)`` to the next ones; what they see is as in :class:`CrossAttention`."""
+        y = y + self.attention(self.norm1(y), *seen)
         return y + self.mlp(self.norm2(y))
 
 
@@ -221,13 +221,12 @@ class OnePassTransformer(nn.Module):
     def _paint(self, images: torch.Tensor, radii: tuple[int, ...]) -> torch.Tensor:
         images = _as_colour(images)
         self._check(images)
-        k, v = self._project_content(self._embed(images))
-        biases = rearrange(
-            self.grid.bias(self.near_bias, self.far_bias, radii), "(l h) ... -> l h ...", h=self.num_heads
-        )
+        near, far = self._project_content(self._embed(images))
+        biases = self.grid.spread(self.near_bias, self.far_bias, len(radii))
+        mask = self.grid.mask(radii, self.near_bias.dtype)
         y = self._queries(radii).expand(images.shape[0], -1, -1, -1)
-        for block, *inputs in zip(self.blocks, k, v, biases, strict=True):
-            y = block(y, *inputs)
+        for block, *seen in zip(self.blocks, near, far, *(x.unflatten(0, (len(near), -1)) for x in biases), strict=True):
+            y = block(y, *seen, mask)
         return self._to_images(self.to_pixels(self.norm(y)), len(radii))
 
     def _embed(self, images: torch.Tensor) -> torch.Tensor:
@@ -239,16 +238,16 @@ class OnePassTransformer(nn.Module):
         patches = rearrange(normalised, "b c (i p k1) (j q k2) -> b (i j) (p q) (k1 k2 c)", k1=K, k2=K, p=S, q=S)
         return self.patch_embedding(patches) + self.position_embedding
 
-    def _project_content(self, content: torch.Tensor) -> torch.Tensor:
-        """Keys and values of all blocks: the near patches, then the far blocks, for each block of patches."""
+    def _project_content(self, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values for all blocks at once: of near patches, with an edge of one block around, and of far blocks."""
         for block in self.content_blocks:
             content = block(content)
         content = self.content_norm(content)
-        split = {"kv": 2, "l": len(self.blocks), "h": self.num_heads}
-        near = rearrange(self.near_key_value(content), "b n t (kv l h d) -> kv l b h n t d", **split)
-        far = rearrange(self.far_key_value(self.grid.pool(content)), "b m (kv l h d) -> kv l b h 1 m d", **split)
-        far = far.expand(*near.shape[:5], -1, -1)
-        return torch.cat([self.grid.neighbourhoods(near), far], dim=-2)
+        split = {"l": len(self.blocks), "kv": 2, "h": self.num_heads}
+        near = self.near_key_value(content)
+        near = rearrange(near, "b (i j) t (l kv h d) -> l b h kv i j t d", i=self.grid.blocks[0], **split)
+        far = rearrange(self.far_key_value(self.grid.pool(content)), "b m (l kv h d) -> l b h kv m d", **split)
+        return pad(near, (0, 0, 0, 0, 1, 1, 1, 1)), far
 
     def _queries(self, radii: tuple[int, ...]) -> torch.Tensor:
         """The inpaint embedding at all positions (eq. 4), once for each radius, shape ``(blocks, R * S * S, D)``."""
