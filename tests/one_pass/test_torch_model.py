@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anomalib_intra.one_pass import OnePassTransformer
+from anomalib_intra.one_pass import OnePassTransformer, attention, fast_attention
 
 from .reference import reference_one_pass
 
@@ -59,7 +59,7 @@ def test_reconstructions_equal_the_reference_patch_by_patch(grid, options):
             np.testing.assert_allclose(single[b, number], expected, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 9),
@@ -108,6 +108,16 @@ def hole(t, u, radius, grid):
 PLACES = [(0, 0), (0, 9), (6, 0), (6, 9), (0, 4), (3, 0), (6, 5), (3, 9), (3, 4), (2, 5), (4, 7)]
 
 
+@pytest.fixture(params=["fast", "fast, in strips", "plain"])
+def path(request, monkeypatch):
+    """All ways to compute attention: that of a CPU, where images are large or small, and that of everything else."""
+    if request.param == "plain":
+        monkeypatch.setattr(attention, "_on_cpu", lambda _: False)
+    if request.param == "fast, in strips":
+        monkeypatch.setattr(fast_attention, "_SCORES", 1)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("radius", [0, 1, 2])
 @pytest.mark.parametrize("together", [False, True], ids=["one radius", "all radii"])
@@ -133,6 +143,7 @@ def test_what_lies_in_the_hole_does_not_change_one_bit(radius, amp, together):
         assert not torch.equal(before, after)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("radius", [-1, 0, 1, 2])
 def test_every_patch_outside_of_the_hole_and_none_inside_has_an_influence(radius):
     grid = (7, 10)
@@ -167,6 +178,72 @@ def test_gradients_are_finite_and_reach_every_parameter(radius, amp):
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
             assert parameter.grad.any(), name
+
+
+# ---- the fast path ---------------------------------------------------------------------------------------------------
+
+
+def attended_and_gradients(attend, dtype=torch.float64):
+    batch, heads, i, j, s, d, radii = 2, 3, 4, 3, 2, 5, 2
+    blocks, queries = i * j, radii * s * s
+    shapes = [
+        (batch, heads, blocks, queries, d),
+        (batch, heads, 2, i + 2, j + 2, s * s, d),
+        (batch, heads, 2, blocks, d),
+        (heads, queries, 9 * s * s),
+        (heads, blocks, blocks),
+    ]
+    inputs = [rand(*shape, seed=seed) - 0.5 for seed, shape in enumerate(shapes)]
+    inputs = [
+        x.to(dtype if number < 3 else torch.promote_types(dtype, torch.float32)) for number, x in enumerate(inputs)
+    ]
+    inputs = [x.requires_grad_() for x in inputs]
+    mask = torch.zeros(blocks, queries, 9 * s * s + blocks, dtype=inputs[-1].dtype)
+    mask[rand(*mask.shape, seed=9) < 0.4] = -torch.inf
+    attended = attend(*inputs, mask)
+    weights = rand(*attended.shape, seed=10).to(dtype)
+    return attended.detach(), *torch.autograd.grad((attended * weights).sum(), inputs)
+
+
+@pytest.mark.parametrize("scores", [1, 2000, 2**19])
+def test_fast_attention_and_its_gradients_equal_the_plain_ones(scores, monkeypatch):
+    monkeypatch.setattr(fast_attention, "_SCORES", scores)
+    fast, plain = attended_and_gradients(attention.attend_fast), attended_and_gradients(attention.attend)
+    for got, expected in zip(fast, plain, strict=True):
+        assert got.shape == expected.shape
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_fast_attention_in_bf16_is_as_near_to_float64_as_the_plain_one():
+    exact = attended_and_gradients(attention.attend)
+    results = {
+        attend: attended_and_gradients(attend, torch.bfloat16) for attend in (attention.attend, attention.attend_fast)
+    }
+    errors = {
+        attend: [
+            ((got.double() - expected).norm() / expected.norm()).item()
+            for got, expected in zip(result, exact, strict=True)
+        ]
+        for attend, result in results.items()
+    }
+    for plain, fast in zip(*errors.values(), strict=True):
+        assert fast < max(1.5 * plain, 0.01)
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
+def test_whole_model_gives_the_same_on_the_plain_path(amp, monkeypatch):
+    model, images = build().float(), rand(2, 3, 14, 20, dtype=torch.float32)
+
+    def run():
+        with autocast(amp):
+            painted = model.reconstruct_all(images)
+        return painted, *torch.autograd.grad(painted.float().square().mean(), list(model.parameters()))
+
+    fast = run()
+    monkeypatch.setattr(attention, "_on_cpu", lambda _: False)
+    for got, expected in zip(fast, run(), strict=True):
+        difference = (got.float() - expected.float()).norm() / expected.float().norm()
+        assert difference < (0.03 if amp else 1e-5)
 
 
 # ---- what goes in ----------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def attend_fast(
     mask: torch.Tensor,
 ) -> torch.Tensor:
     """Do what :func:`attend` does, in less time on a CPU."""
-    batch_and_head = (x.flatten(0, 1) for x in (q, near, far))
+    batch_and_head = (x.flatten(0, 1).contiguous() for x in (q, near, far))
     result = FastAttention.apply(*batch_and_head, near_bias, far_bias, mask, torch.is_grad_enabled())
     return result.view(q.shape)
 

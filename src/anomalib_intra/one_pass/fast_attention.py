@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention of :mod:`anomalib_intra.one_pass.attention` for a CPU: piece by piece, with its own gradient.
 
-Plainly written, most of its time goes into moving scores and nine copies of every key and value to the memory and back.
-Here, pieces of the image are gathered, compared, weighted and summed up while they are in the cache; of it all, only the
+Plainly written, most of its time goes into moving scores, and nine copies of every key and value, to the memory and
+back. Here, pieces of the image are gathered, compared, weighted and summed up one after the other, and of it all only the
 weights are kept for the gradient.
 """
 
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import pad
 
 #: Scores of a piece, at most, if it has more than one row of blocks: these and what they are made of fit in a cache.
-_SCORES = 2**18
+_SCORES = 2**19
 
 
 class FastAttention(torch.autograd.Function):
@@ -47,23 +48,22 @@ class FastAttention(torch.autograd.Function):
         """
         heads, _, patches = near_bias.shape
         result = torch.empty_like(q)
+        near_bias = pad(near_bias, (0, mask.shape[-1] - patches))  # whole rows are added faster than parts of them
         kept = q.new_empty(*q.shape[:3], mask.shape[-1]) if with_gradient else None
         for g, rows, blocks in _pieces(q, near, mask):
             k, v = _gather(near[g], far[g], rows)
-            scores = torch.bmm(q[g, blocks], k.mT).to(mask.dtype).add_(mask[blocks])
-            scores[..., :patches].add_(near_bias[g % heads])
+            scores = torch.bmm(q[g, blocks], k.mT).to(mask.dtype).add_(mask[blocks]).add_(near_bias[g % heads])
             scores[..., patches:].add_(far_bias[g % heads, blocks, None])
-            weights = torch.softmax(scores, dim=-1).to(q.dtype)
-            if kept is not None:
-                kept[g, blocks] = weights
+            weights = torch.softmax(scores, dim=-1)
+            weights = weights.to(q.dtype) if kept is None else kept[g, blocks].copy_(weights)
             torch.bmm(weights, v, out=result[g, blocks])
         if kept is not None:
             ctx.save_for_backward(q, near, far, kept)
-            ctx.tables = near_bias.shape, far_bias.shape, mask.dtype  # type: ignore[attr-defined]
+            ctx.tables = (heads, near_bias.shape[1], patches), far_bias.shape, mask.dtype  # type: ignore[attr-defined]
         return result
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc,no-untyped-call]
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of all inputs but the mask, from that of the result."""
         q, near, far, kept = ctx.saved_tensors
@@ -97,7 +97,7 @@ def _pieces(q: torch.Tensor, near: torch.Tensor, scores: torch.Tensor) -> Iterat
 
 
 def _gather(near: torch.Tensor, far: torch.Tensor, rows: slice) -> torch.Tensor:
-    """What the blocks of some rows see: patches of nine blocks, then all blocks, ``(2, blocks, 9 * S * S + I * J, d)``."""
+    """What the blocks of some rows see: the patches of nine blocks, then all blocks, ``(2, blocks, U, d)``."""
     around = near[:, rows.start : rows.stop + 2].unfold(1, 3, 1).unfold(2, 3, 1)  # 2 i j t d 3 3
     around = around.permute(0, 1, 2, 5, 6, 3, 4)
     shape = around.shape

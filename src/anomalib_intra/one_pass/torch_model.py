@@ -225,7 +225,9 @@ class OnePassTransformer(nn.Module):
         biases = self.grid.spread(self.near_bias, self.far_bias, len(radii))
         mask = self.grid.mask(radii, self.near_bias.dtype)
         y = self._queries(radii).expand(images.shape[0], -1, -1, -1)
-        for block, *seen in zip(self.blocks, near, far, *(x.unflatten(0, (len(near), -1)) for x in biases), strict=True):
+        for block, *seen in zip(
+            self.blocks, near, far, *(x.unflatten(0, (len(near), -1)) for x in biases), strict=True
+        ):
             y = block(y, *seen, mask)
         return self._to_images(self.to_pixels(self.norm(y)), len(radii))
 
@@ -239,7 +241,7 @@ class OnePassTransformer(nn.Module):
         return self.patch_embedding(patches) + self.position_embedding
 
     def _project_content(self, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values for all blocks at once: of near patches, with an edge of one block around, and of far blocks."""
+        """Keys and values of all depths: of the patches, with an edge of one block around, and of the pooled blocks."""
         for block in self.content_blocks:
             content = block(content)
         content = self.content_norm(content)
