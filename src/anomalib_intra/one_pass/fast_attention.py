@@ -2,8 +2,8 @@
 """The attention of :mod:`anomalib_intra.one_pass.attention` for a CPU: piece by piece, with its own gradient.
 
 Plainly written, most of its time goes into moving scores, and nine copies of every key and value, to the memory and
-back. Here, pieces of the image are gathered, compared, weighted and summed up one after the other, and of it all only the
-weights are kept for the gradient.
+back. Here, pieces of the image are gathered, compared, weighted and summed up one after the other, and of it all only
+the weights are kept for the gradient.
 """
 
 from collections.abc import Iterator
