@@ -188,7 +188,7 @@ def attended_and_gradients(attend, dtype=torch.float64):
     blocks, queries = i * j, radii * s * s
     shapes = [
         (batch, heads, blocks, queries, d),
-        (batch, heads, 2, i + 2, j + 2, s * s, d),
+        (batch, heads, 2, i, j, s * s, d),
         (batch, heads, 2, blocks, d),
         (heads, queries, 9 * s * s),
         (heads, blocks, blocks),

@@ -8,7 +8,7 @@ and each other block as one token, the mean of its patches. So the cost is near-
 import torch
 from einops import rearrange, repeat
 from torch import nn
-from torch.nn.functional import embedding
+from torch.nn.functional import embedding, pad
 
 from anomalib_intra.one_pass.fast_attention import FastAttention
 
@@ -154,8 +154,7 @@ def attend(
 
     Args:
         q (torch.Tensor): Queries, scaled, shape ``(B, h, I * J, T, d)`` for I x J blocks.
-        near (torch.Tensor): Keys and values of the patches, with one more block on each side of the image, shape
-            ``(B, h, 2, I + 2, J + 2, S * S, d)``.
+        near (torch.Tensor): Keys and values of the patches, shape ``(B, h, 2, I, J, S * S, d)``.
         far (torch.Tensor): Keys and values of the blocks, shape ``(B, h, 2, I * J, d)``.
         near_bias (torch.Tensor): Bias of the near patches, shape ``(h, T, 9 * S * S)``.
         far_bias (torch.Tensor): Bias of the blocks, shape ``(h, I * J, I * J)``.
@@ -164,7 +163,8 @@ def attend(
     Returns:
         torch.Tensor: Tokens of shape ``(B, h, I * J, T, d)``.
     """
-    i, j = (length - 2 for length in near.shape[3:5])
+    i, j = near.shape[3:5]
+    near = pad(near, (0, 0, 0, 0, 1, 1, 1, 1))
     around = [near[..., di : di + i, dj : dj + j, :, :] for di in range(3) for dj in range(3)]
     near = rearrange(torch.cat(around, dim=-2), "b h kv i j u d -> kv b h (i j) u d")
     k, v = torch.cat([near, repeat(far, "b h kv m d -> kv b h n m d", n=i * j)], dim=-2)

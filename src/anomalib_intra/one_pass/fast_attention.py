@@ -36,7 +36,7 @@ class FastAttention(torch.autograd.Function):
         Args:
             ctx (FunctionCtx): Where is kept what the gradient needs.
             q (torch.Tensor): Queries of shape ``(G, I * J, T, d)``, for I x J blocks.
-            near (torch.Tensor): Keys and values of the patches, shape ``(G, 2, I + 2, J + 2, S * S, d)``.
+            near (torch.Tensor): Keys and values of the patches, shape ``(G, 2, I, J, S * S, d)``.
             far (torch.Tensor): Keys and values of the blocks, shape ``(G, 2, I * J, d)``.
             near_bias (torch.Tensor): Bias of the patches, shape ``(h, T, 9 * S * S)``.
             far_bias (torch.Tensor): Bias of the blocks, shape ``(h, I * J, I * J)``.
@@ -47,6 +47,7 @@ class FastAttention(torch.autograd.Function):
             torch.Tensor: Tokens of shape ``(G, I * J, T, d)``.
         """
         heads, _, patches = near_bias.shape
+        near = pad(near, (0, 0, 0, 0, 1, 1, 1, 1))  # around the image, there is one more block for all to be alike
         result = torch.empty_like(q)
         near_bias = pad(near_bias, (0, mask.shape[-1] - patches))  # whole rows are added faster than parts of them
         kept = q.new_empty(*q.shape[:3], mask.shape[-1]) if with_gradient else None
@@ -83,7 +84,7 @@ class FastAttention(torch.autograd.Function):
             d_near_bias[g % heads] += d_scores[..., :patches].sum(dim=0, dtype=wide)
             d_far_bias[g % heads, blocks] += d_scores[..., patches:].sum(dim=1, dtype=wide)
             _scatter(d_kv, d_near[g], d_far[g], rows)
-        return d_q, d_near, d_far, d_near_bias, d_far_bias, None, None
+        return d_q, d_near[:, :, 1:-1, 1:-1], d_far, d_near_bias, d_far_bias, None, None
 
 
 def _pieces(q: torch.Tensor, near: torch.Tensor, scores: torch.Tensor) -> Iterator[tuple[int, slice, slice]]:

@@ -223,11 +223,10 @@ class OnePassTransformer(nn.Module):
         self._check(images)
         near, far = self._project_content(self._embed(images))
         biases = self.grid.spread(self.near_bias, self.far_bias, len(radii))
+        near_bias, far_bias = (x.unflatten(0, (len(self.blocks), -1)) for x in biases)
         mask = self.grid.mask(radii, self.near_bias.dtype)
         y = self._queries(radii).expand(images.shape[0], -1, -1, -1)
-        for block, *seen in zip(
-            self.blocks, near, far, *(x.unflatten(0, (len(near), -1)) for x in biases), strict=True
-        ):
+        for block, *seen in zip(self.blocks, near, far, near_bias, far_bias, strict=True):
             y = block(y, *seen, mask)
         return self._to_images(self.to_pixels(self.norm(y)), len(radii))
 
@@ -241,7 +240,7 @@ class OnePassTransformer(nn.Module):
         return self.patch_embedding(patches) + self.position_embedding
 
     def _project_content(self, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of all depths: of the patches, with an edge of one block around, and of the pooled blocks."""
+        """Keys and values of all depths: of the patches and of the pooled blocks."""
         for block in self.content_blocks:
             content = block(content)
         content = self.content_norm(content)
@@ -249,7 +248,7 @@ class OnePassTransformer(nn.Module):
         near = self.near_key_value(content)
         near = rearrange(near, "b (i j) t (l kv h d) -> l b h kv i j t d", i=self.grid.blocks[0], **split)
         far = rearrange(self.far_key_value(self.grid.pool(content)), "b m (l kv h d) -> l b h kv m d", **split)
-        return pad(near, (0, 0, 0, 0, 1, 1, 1, 1)), far
+        return near, far
 
     def _queries(self, radii: tuple[int, ...]) -> torch.Tensor:
         """The inpaint embedding at all positions (eq. 4), once for each radius, shape ``(blocks, R * S * S, D)``."""
