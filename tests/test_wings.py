@@ -19,7 +19,7 @@ FLOORS = [
     {"experiments"},
     {"benchmark"},
     {"yardsticks"},
-    {"intra", "patch_svdd", "metrics"},
+    {"intra", "one_pass", "patch_svdd", "metrics"},
     {"components"},
     {"training", "data", "report"},
 ]

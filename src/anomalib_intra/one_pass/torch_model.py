@@ -14,7 +14,7 @@ from timm.layers import Mlp, trunc_normal_
 from torch import nn
 from torch.nn.functional import pad
 
-from anomalib_intra.image_range import check_range
+from anomalib_intra.data.image_range import check_range
 from anomalib_intra.one_pass.attention import BlockGrid, CrossAttention, ring_bias
 
 
