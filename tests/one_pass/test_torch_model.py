@@ -50,8 +50,8 @@ def rand(*shape, seed=0, dtype=torch.float64):
 def test_reconstructions_equal_the_reference_patch_by_patch(grid, options):
     model = build(grid, **options)
     images = rand(2, 3, grid[0] * K, grid[1] * K, seed=1)
-    got = model.reconstruct_all(images).detach().numpy()
-    single = copy.deepcopy(model).float().reconstruct_all(images.float()).detach().numpy()
+    got = model(images).painted.detach().numpy()
+    single = copy.deepcopy(model).float()(images.float()).painted.detach().numpy()
     for b, image in enumerate(images.numpy()):
         for number, radius in enumerate(model.radii):
             expected = reference_one_pass(model, image, radius)
@@ -83,7 +83,7 @@ def test_radii_together_equal_each_alone(amp):
     model = build(radii=(-1, 0, 1, 2)).float()
     images = rand(2, 3, 14, 20, dtype=torch.float32)
     with torch.no_grad(), autocast(amp):
-        together = model.reconstruct_all(images)
+        together = model(images).painted
         for number, radius in enumerate(model.radii):
             # Products over rows of another number may round otherwise; values are of about 1.
             tolerance = 0.05 if amp else 1e-5
@@ -129,7 +129,7 @@ def test_what_lies_in_the_hole_does_not_change_one_bit(radius, amp, together):
     def reconstruct(images):
         with autocast(amp), torch.no_grad():
             if together:
-                return model.reconstruct_all(images)[:, model.radii.index(radius)]
+                return model(images).painted[:, model.radii.index(radius)]
             return model.reconstruct(images, radius)
 
     before = reconstruct(images)
@@ -161,7 +161,7 @@ def test_what_a_black_image_and_its_opposite_paint_stays_finite():
     for amp in (False, True):
         for images in (torch.zeros(1, 3, 14, 20), torch.ones(1, 3, 14, 20)):
             with autocast(amp):
-                assert model.reconstruct_all(images).isfinite().all()
+                assert model(images).painted.isfinite().all()
 
 
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
@@ -172,8 +172,8 @@ def test_gradients_are_finite_and_reach_every_parameter(radius, amp):
         model = build(grid, radii=(-1, 0, 2)).float()
         images = rand(2, 3, grid[0] * K, grid[1] * K, dtype=torch.float32)
         with autocast(amp):
-            painted = model.reconstruct(images, radius)
-        painted.float().square().mean().backward()
+            _, painted, suspicion = model.paint(images, (radius,))
+        (painted.float().square().mean() + suspicion.float().square().mean()).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
@@ -236,8 +236,9 @@ def test_whole_model_gives_the_same_on_the_plain_path(amp, monkeypatch):
 
     def run():
         with autocast(amp):
-            painted = model.reconstruct_all(images)
-        return painted, *torch.autograd.grad(painted.float().square().mean(), list(model.parameters()))
+            _, painted, suspicion = model(images)
+        loss = painted.float().square().mean() + suspicion.float().square().mean()
+        return painted, suspicion, *torch.autograd.grad(loss, list(model.parameters()))
 
     fast = run()
     monkeypatch.setattr(attention, "_on_cpu", lambda _: False)
@@ -254,17 +255,17 @@ def test_one_channel_is_taken_as_three_equal_ones():
     grey = rand(2, 1, 14, 20, seed=6)
     colour = torch.cat([grey, grey, grey], dim=1)
     assert torch.equal(model.reconstruct(grey, 1), model.reconstruct(colour, 1))
-    image, reconstruction = model(grey)
-    assert torch.equal(image, colour)
-    assert torch.equal(reconstruction, model.reconstruct_all(colour))
+    for got, expected in zip(model(grey), model(colour), strict=True):
+        assert torch.equal(got, expected)
+    assert torch.equal(model(grey).image, colour)
 
 
 def test_images_of_a_batch_do_not_influence_each_other():
     model = build()
     images = rand(3, 3, 14, 20, seed=8)
-    together = model.reconstruct_all(images)
+    together = model(images).painted
     for b in range(3):
-        torch.testing.assert_close(model.reconstruct_all(images[b : b + 1])[0], together[b], rtol=0, atol=1e-12)
+        torch.testing.assert_close(model(images[b : b + 1]).painted[0], together[b], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(3, 14, 20), (1, 1, 3, 14, 20), (1, 2, 14, 20), (14, 20)])
@@ -287,8 +288,19 @@ def test_values_outside_of_the_range_are_refused(value, message):
         build().reconstruct(images, 0)
 
 
+def test_the_comparison_sees_the_patch_and_does_not_teach_the_transformer():
+    model = build()
+    images = rand(1, 3, 14, 20, seed=3)
+    before = model(images).suspicion
+    images[..., :K, :K] = 1 - images[..., :K, :K]  # in its own hole, whatever the radius
+    assert ((model(images).suspicion - before)[..., 0, 0].abs() > 1e-9).all()
+    model(images).suspicion.sum().backward()
+    taught = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert taught == {"comparison"}
+
+
 def test_unknown_radii_are_refused_and_the_known_ones_named():
-    with pytest.raises(ValueError, match=r"radii \(0, 1, 2\), got -1"):
+    with pytest.raises(ValueError, match=r"radii \(0, 1, 2\), got \(-1,\)"):
         build().reconstruct(rand(1, 3, 14, 20), -1)
 
 
@@ -342,10 +354,10 @@ def test_weights_are_drawn_with_std_0_02_and_the_same_ones_from_the_same_seed():
         for parameter in model.parameters():
             parameter.add_(1)
     torch.manual_seed(3)
-    model.draw_weights()
+    model.reset_parameters()
     again = OnePassTransformer((64, 64), embed_dim=64, depth=2, num_heads=8)
     torch.manual_seed(3)
-    again.draw_weights()
+    again.reset_parameters()
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert not torch.equal(model.to_pixels.weight, drawn["to_pixels.weight"])
 
@@ -371,7 +383,7 @@ def test_exported_to_onnx_it_paints_the_same_and_stays_blind(tmp_path):
             self.model = model
 
         def forward(self, images):
-            return self.model.reconstruct_all(images)
+            return self.model(images).painted
 
     path = tmp_path / "model.onnx"
     torch.onnx.export(
@@ -390,7 +402,7 @@ def test_exported_to_onnx_it_paints_the_same_and_stays_blind(tmp_path):
 
     for batch in (1, 3):
         images = rand(batch, 3, 14, 20, seed=batch, dtype=torch.float32)
-        np.testing.assert_allclose(run(images), model.reconstruct_all(images).detach().numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(run(images), model(images).painted.detach().numpy(), rtol=1e-4, atol=1e-4)
     images = rand(1, 3, 14, 20, dtype=torch.float32)
     before = run(images)
     for number, radius in enumerate(model.radii):

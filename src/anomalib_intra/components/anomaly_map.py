@@ -39,7 +39,7 @@ def difference_map(images: torch.Tensor, reconstructions: torch.Tensor, colour_w
         x, y = images.float(), reconstructions.float()
         for kernel_at_512 in _KERNELS_AT_512:
             # Each scale halves the one before: at once to a quarter, bilinear resizing reads 4 of 16 pixels.
-            x, y = _halve(x), _halve(y)
+            x, y = halve(x), halve(y)
             difference = gms_difference(x, y)
             if colour_weight:
                 difference = torch.lerp(difference, colour_difference(x, y.clamp(0, 1)), colour_weight)
@@ -94,9 +94,21 @@ def image_score(anomaly_maps: torch.Tensor) -> torch.Tensor:
     return anomaly_maps.amax(dim=(-3, -2, -1))
 
 
-def _halve(x: torch.Tensor) -> torch.Tensor:
-    size = [max(1, side // 2) for side in x.shape[-2:]]
-    return interpolate(x, size=size, mode="bilinear", align_corners=False)
+def halve(images: torch.Tensor) -> torch.Tensor:
+    """Bring images to half their size, by the means of 2 x 2 pixels.
+
+    Args:
+        images (torch.Tensor): Images of shape ``(B, C, H, W)``.
+
+    Returns:
+        torch.Tensor: Images of shape ``(B, C, H // 2, W // 2)``, at least 1 x 1.
+
+    Example:
+        >>> halve(torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])).item()
+        2.5
+    """
+    size = [max(1, side // 2) for side in images.shape[-2:]]
+    return interpolate(images, size=size, mode="bilinear", align_corners=False)
 
 
 def _scaled_kernel(at_512: int, size: int) -> int:

@@ -16,18 +16,22 @@ from torch.nn.functional import pad
 
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.one_pass.attention import BlockGrid, CrossAttention, ring_bias
+from anomalib_intra.one_pass.comparison import ComparisonHead
 
 
-class Reconstruction(NamedTuple):
-    """What the model gives for a batch of images.
+class Painting(NamedTuple):
+    """What the model gives for a batch of images, once for each of R radii.
 
     Args:
         image (torch.Tensor): The images it saw, in [0, 1], shape ``(B, 3, H, W)``.
-        reconstruction (torch.Tensor): The images it expected, shape ``(B, R, 3, H, W)``, one for each radius.
+        painted (torch.Tensor): The images it expected, shape ``(B, R, 3, H, W)``.
+        suspicion (torch.Tensor): For each patch, how little it looks like what was expected there, as a logit; shape
+            ``(B, R, N, M)``.
     """
 
     image: torch.Tensor
-    reconstruction: torch.Tensor
+    painted: torch.Tensor
+    suspicion: torch.Tensor
 
 
 class ContentBlock(nn.Module):
@@ -74,7 +78,8 @@ class OnePassTransformer(nn.Module):
     The hole around a patch is all patches within a Chebyshev distance, its radius: 0 hides the patch alone, 1 also the
     eight around it, -1 hides nothing. One set of weights knows several radii.
 
-    Near patches are seen one by one, far ones as the mean of their block. Needs neither Lightning nor anomalib.
+    Near patches are seen one by one, far ones as the mean of their block. A head compares each patch with what was
+    expected in its place. Needs neither Lightning nor anomalib.
 
     Args:
         image_size (tuple[int, int]): Height and width of the images in pixels; their positions tie the model to it.
@@ -146,11 +151,12 @@ class OnePassTransformer(nn.Module):
         self.blocks = nn.ModuleList(QueryBlock(embed_dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.to_pixels = nn.Linear(embed_dim, patch_dim)
+        self.comparison = ComparisonHead(embed_dim, patch_dim)
 
-        self.draw_weights()
+        self.reset_parameters()
 
-    def draw_weights(self) -> None:
-        """Draw all weights anew: truncated normal with a standard deviation of 0.02, biases zero.
+    def reset_parameters(self) -> None:
+        """Initialise all weights anew: truncated normal with a standard deviation of 0.02, biases zero.
 
         The biases of positions begin at the ring around the hole: begun at zero, they take long to find it.
         """
@@ -173,77 +179,95 @@ class OnePassTransformer(nn.Module):
         self.channel_mean.copy_(mean)
         self.channel_std.copy_(std.clamp(min=0.01))
 
-    def forward(self, images: torch.Tensor) -> Reconstruction:
-        """Reconstruct images with each radius and hand them on with their originals.
+    def forward(self, images: torch.Tensor) -> Painting:
+        """Paint images with each of the model's radii; the content is computed once.
 
         Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)`` or ``(B, 1, H, W)``.
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
 
         Returns:
-            Reconstruction: Images ``(B, 3, H, W)`` and reconstructions ``(B, R, 3, H, W)``.
+            Painting: Images, what was expected, in the order of the radii, and how suspicious each patch is.
+
+        Raises:
+            ValueError: If the images are not a batch of one or three channels, of another size than the model's, or
+                hold values that are not finite or not in [0, 1].
         """
-        images = _as_colour(images)
-        return Reconstruction(images, self.reconstruct_all(images))
+        return self.paint(images, self.radii)
 
     def reconstruct(self, images: torch.Tensor, radius: int) -> torch.Tensor:
         """Inpaint every patch of every image from what lies outside the hole around it.
 
         Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
+            images (torch.Tensor): Images as in :meth:`forward`.
             radius (int): Radius of the holes, one of the model's.
 
         Returns:
             torch.Tensor: Reconstructions of shape ``(B, 3, H, W)``, about in [0, 1], not clipped.
 
         Raises:
-            ValueError: If the model does not know the radius, or the images are not a batch of one or three channels,
-                of another size than the model's, or hold values that are not finite or not in [0, 1].
+            ValueError: As in :meth:`forward`, or if the model does not know the radius.
         """
-        if radius not in self.radii:
-            msg = f"This model knows holes of the radii {self.radii}, got {radius}: build it with that one among radii."
-            raise ValueError(msg)
-        return self._paint(images, (radius,))[:, 0]
+        return self.paint(images, (radius,)).painted[:, 0]
 
-    def reconstruct_all(self, images: torch.Tensor) -> torch.Tensor:
-        """Reconstruct images with each of the model's radii; the content is computed once.
+    def paint(self, images: torch.Tensor, radii: tuple[int, ...]) -> Painting:
+        """Paint images with some of the model's radii.
 
         Args:
-            images (torch.Tensor): Images as in :meth:`reconstruct`.
+            images (torch.Tensor): Images as in :meth:`forward`.
+            radii (tuple[int, ...]): Radii of the holes, R of the model's.
 
         Returns:
-            torch.Tensor: Reconstructions of shape ``(B, R, 3, H, W)``, in the order of the radii.
+            Painting: As :meth:`forward`, for these radii.
 
         Raises:
-            ValueError: As in :meth:`reconstruct`.
+            ValueError: As in :meth:`forward`, or if the model does not know a radius.
         """
-        return self._paint(images, self.radii)
-
-    def _paint(self, images: torch.Tensor, radii: tuple[int, ...]) -> torch.Tensor:
+        if not set(radii) <= set(self.radii):
+            msg = f"This model knows holes of the radii {self.radii}, got {radii}: build it with these among radii."
+            raise ValueError(msg)
         images = _as_colour(images)
         self._check(images)
-        near, far = self._project_content(self._embed(images))
+        mean, std = (rearrange(x, "c -> c 1 1") for x in (self.channel_mean, self.channel_std))
+        normalised = (images - mean) / std
+        content = self._embed(normalised)
+        expected = self._expect(content, radii)
+        patches = self.to_pixels(expected)
+
+        originals = rearrange(
+            normalised, "b c (n k1) (m k2) -> b n m (k1 k2 c)", k1=self.patch_size, k2=self.patch_size
+        )
+        seen, originals = (
+            repeat(x, "b n m d -> (b r) n m d", r=len(radii)) for x in (self._to_grid(content, 1), originals)
+        )
+        suspicion = self.comparison(expected, seen, originals, patches)
+        pattern = "(b r) n m (k1 k2 c) -> b r c (n k1) (m k2)"
+        painted = rearrange(patches, pattern, r=len(radii), k1=self.patch_size, k2=self.patch_size) * std + mean
+        return Painting(images, painted, rearrange(suspicion, "(b r) n m -> b r n m", r=len(radii)))
+
+    def _embed(self, normalised: torch.Tensor) -> torch.Tensor:
+        """Cut images into patches, block by block, embed them with their positions (eq. 3), each alone."""
+        (rows, columns), K, S = self.grid.blocks, self.patch_size, self.block_size  # noqa: N806
+        height, width = self.image_size
+        padded = pad(normalised, (0, columns * S * K - width, 0, rows * S * K - height))
+        patches = rearrange(padded, "b c (i p k1) (j q k2) -> b (i j) (p q) (k1 k2 c)", k1=K, k2=K, p=S, q=S)
+        content = self.patch_embedding(patches) + self.position_embedding
+        for block in self.content_blocks:
+            content = block(content)
+        return self.content_norm(content)
+
+    def _expect(self, content: torch.Tensor, radii: tuple[int, ...]) -> torch.Tensor:
+        """Tokens of what is expected at each patch, from the content outside the hole, ``(B * R, N, M, D)``."""
+        near, far = self._project(content)
         biases = self.grid.spread(self.near_bias, self.far_bias, len(radii))
         near_bias, far_bias = (x.unflatten(0, (len(self.blocks), -1)) for x in biases)
         mask = self.grid.mask(radii, self.near_bias.dtype)
-        y = self._queries(radii).expand(images.shape[0], -1, -1, -1)
+        y = self._queries(radii).expand(content.shape[0], -1, -1, -1)
         for block, *seen in zip(self.blocks, near, far, near_bias, far_bias, strict=True):
             y = block(y, *seen, mask)
-        return self._to_images(self.to_pixels(self.norm(y)), len(radii))
+        return self._to_grid(self.norm(y), len(radii))
 
-    def _embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Cut images into patches, block by block, and embed them with their positions (eq. 3)."""
-        (rows, columns), K, S = self.grid.blocks, self.patch_size, self.block_size  # noqa: N806
-        mean, std = (rearrange(x, "c -> c 1 1") for x in (self.channel_mean, self.channel_std))
-        height, width = self.image_size
-        normalised = pad((images - mean) / std, (0, columns * S * K - width, 0, rows * S * K - height))
-        patches = rearrange(normalised, "b c (i p k1) (j q k2) -> b (i j) (p q) (k1 k2 c)", k1=K, k2=K, p=S, q=S)
-        return self.patch_embedding(patches) + self.position_embedding
-
-    def _project_content(self, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, content: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all depths: of the patches and of the pooled blocks."""
-        for block in self.content_blocks:
-            content = block(content)
-        content = self.content_norm(content)
         split = {"l": len(self.blocks), "kv": 2, "h": self.num_heads}
         near = self.near_key_value(content)
         near = rearrange(near, "b (i j) t (l kv h d) -> l b h kv i j t d", i=self.grid.blocks[0], **split)
@@ -256,14 +280,13 @@ class OnePassTransformer(nn.Module):
         position = rearrange(self.position_embedding, "n t d -> n 1 t d")
         return rearrange(self.inpaint_embedding + position + radius[:, None], "n r t d -> n (r t) d")
 
-    def _to_images(self, patches: torch.Tensor, radii: int) -> torch.Tensor:
-        """Put patches together: the inverse of what :meth:`_embed` begins with, for each radius."""
-        (rows, columns), K, S = self.grid.blocks, self.patch_size, self.block_size  # noqa: N806
-        pattern = "b (i j) (r p q) (k1 k2 c) -> b r c (i p k1) (j q k2)"
-        images = rearrange(patches, pattern, i=rows, j=columns, r=radii, p=S, q=S, k1=K, k2=K)
-        images = images[..., : self.image_size[0], : self.image_size[1]]
-        mean, std = (rearrange(x, "c -> c 1 1") for x in (self.channel_mean, self.channel_std))
-        return images * std + mean
+    def _to_grid(self, tokens: torch.Tensor, radii: int) -> torch.Tensor:
+        """Put the blocks' tokens together, without those that lie outside the image: ``(B * R, N, M, D)``."""
+        S = self.block_size  # noqa: N806
+        pattern = "b (i j) (r p q) d -> (b r) (i p) (j q) d"
+        grid = rearrange(tokens, pattern, i=self.grid.blocks[0], r=radii, p=S, q=S)
+        rows, columns = (side // self.patch_size for side in self.image_size)
+        return grid[:, :rows, :columns]
 
     def _check(self, images: torch.Tensor) -> None:
         height, width = images.shape[-2:]
@@ -307,3 +330,6 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm):
         module.reset_parameters()
+    elif isinstance(module, nn.Conv2d):
+        module.reset_parameters()
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Spoiled training images: parts of irregular shape are replaced, and the clean image is still asked for.
+
+A model that is trained on clean images alone learns to go on with whatever it sees around a hole, a defect included.
+Spoiled surroundings teach it not to believe them.
+"""
+
+import torch
+from torch.nn.functional import avg_pool2d, interpolate
+
+#: Sides, in cells, of the noise that shapes are cut from: few cells give large shapes.
+_LARGE, _SMALL, _LINES = (3, 8), (9, 24), (3, 10)
+#: Shares of large, small and line-like shapes.
+_SHAPES = torch.tensor([0.5, 0.25, 0.25])
+#: Shares of what replaces them: another place, another place of a donor, the same place of a donor, a place close by,
+#: the same in another light, a plain colour.
+_FILLINGS = torch.tensor([0.3, 0.1, 0.1, 0.25, 0.15, 0.1])
+#: Farthest that a filling from close by is taken from, in pixels of an image of 256.
+_CLOSE_BY = 10
+
+
+def spoil(images: torch.Tensor, donors: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replace parts of images.
+
+    Args:
+        images (torch.Tensor): Clean images in [0, 1], shape ``(B, 3, H, W)``.
+        donors (torch.Tensor): Other clean images that parts are taken from, of the same shape.
+        share (float): Share of the images that are spoiled, in [0, 1].
+
+    Returns:
+        tuple[torch.Tensor, torch.Tensor]: Spoiled images, and how much of each pixel was replaced, in [0, 1], shape
+        ``(B, 1, H, W)``.
+
+    Example:
+        >>> images, donors = torch.rand(2, 2, 3, 64, 64)
+        >>> spoiled, replaced = spoil(images, donors, share=1.0)
+        >>> torch.equal(spoiled[:, 0][replaced[:, 0] == 0], images[:, 0][replaced[:, 0] == 0])
+        True
+    """
+    spoiled, replaced = images.clone(), torch.zeros_like(images[:, :1])
+    for number, (image, donor) in enumerate(zip(images, donors, strict=True)):
+        if torch.rand(()) < share:
+            amount = _shape(image.shape[-2:]).to(image)
+            spoiled[number] = torch.lerp(image, _filling(image, donor), amount).clamp(0, 1)
+            replaced[number] = amount
+    return spoiled, replaced
+
+
+def _shape(size: torch.Size) -> torch.Tensor:
+    """How much of each pixel is replaced, shape ``(1, H, W)``."""
+    kind = int(torch.multinomial(_SHAPES, 1))
+    if kind == 0:
+        shape = _noise(size, _LARGE) > _uniform(0.8, 1.8)
+    elif kind == 1:
+        shape = _noise(size, _SMALL) > _uniform(1.5, 2.3)
+    else:  # where noise changes its sign there are lines; other noise leaves parts of them
+        shape = (_noise(size, _LINES).abs() < _uniform(0.06, 0.18)) & (_noise(size, _LARGE) > 0.6)
+    amount = shape.float()
+    if _coin(0.4):
+        amount = amount * _uniform(0.3, 1.0)
+    return avg_pool2d(amount[None], 5, stride=1, padding=2)[0] if _coin(0.5) else amount
+
+
+def _filling(image: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
+    """What replaces the parts of an image, a whole image of the same shape."""
+    kind = int(torch.multinomial(_FILLINGS, 1))
+    if kind == 0:
+        return _elsewhere(image)
+    if kind == 1:
+        return _elsewhere(donor)
+    if kind == 2:
+        return donor
+    if kind == 3:
+        farthest = max(2, round(_CLOSE_BY * min(image.shape[-2:]) / 256))
+        down, right = (_integer(2, farthest) * (1 if _coin(0.5) else -1) for _ in range(2))
+        return image.roll((down, right), (-2, -1))
+    if kind == 4:
+        contrast, tint = (0.4 * torch.randn(())).exp(), 0.15 * torch.randn(len(image), 1, 1)
+        return (image - 0.5) * contrast + 0.5 + tint.to(image)
+    return torch.rand(len(image), 1, 1).to(image).expand_as(image)
+
+
+def _elsewhere(image: torch.Tensor) -> torch.Tensor:
+    """An image shifted by any distance, and flipped and turned."""
+    height, width = image.shape[-2:]
+    image = image.roll((_integer(0, height - 1), _integer(0, width - 1)), (-2, -1))
+    image = image.flip(-1) if _coin(0.5) else image
+    return image.mT if height == width and _coin(0.5) else image
+
+
+def _noise(size: torch.Size, cells: tuple[int, int]) -> torch.Tensor:
+    """Smooth noise of mean 0 and about unit variance, shape ``(1, H, W)``."""
+    number = _integer(*cells)
+    return interpolate(torch.randn(1, 1, number, number), size=size, mode="bicubic", align_corners=False)[0]
+
+
+def _uniform(low: float, high: float) -> float:
+    return low + (high - low) * float(torch.rand(()))
+
+
+def _integer(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
+
+
+def _coin(chance: float) -> bool:
+    return bool(torch.rand(()) < chance)
