@@ -9,6 +9,8 @@ import torch
 from anomalib.engine import Engine
 
 from anomalib_intra import InTra, TextureDemo
+from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.reconstruction import Comparison
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -72,3 +74,7 @@ def tiny_engine(root: Path, **kwargs: object) -> Engine:
 
 def tiny_intra(**kwargs: object) -> InTra:
     return InTra(**{**TINY, **kwargs})
+
+
+def compared(images: torch.Tensor, reconstructions: torch.Tensor, colour_weight: float = 0.0) -> Comparison:
+    return Comparison(images, reconstructions, difference_map(images, reconstructions, colour_weight))

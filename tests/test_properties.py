@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anomalib_intra.components.anomaly_map import difference_map
-from anomalib_intra.components.reconstruction import Reconstruction
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 
+from .conftest import compared
 from .reference import reference_reconstruct
 
 #: The same examples in every run, since a test that fails now and then is of no use to others.
@@ -90,10 +90,10 @@ def test_maps_and_scores_are_finite_in_range_and_independent_of_the_batch(
     assert 0 <= difference.min() <= difference.max() <= 1
     torch.testing.assert_close(difference_map(images, images), torch.zeros_like(difference))
     post_processor.set_training_mean(difference.mean(dim=0, keepdim=True))
-    raw = post_processor(Reconstruction(images, reconstructions))
+    raw = post_processor(compared(images, reconstructions))
     assert raw.anomaly_map.shape == (count, 1, height, width)
     assert 0 <= raw.anomaly_map.min() <= raw.anomaly_map.max() <= 1
     assert torch.equal(raw.pred_score, raw.anomaly_map.amax(dim=(1, 2, 3)))
     for number in range(count):
-        alone = post_processor(Reconstruction(images[number : number + 1], reconstructions[number : number + 1]))
+        alone = post_processor(compared(images[number : number + 1], reconstructions[number : number + 1]))
         torch.testing.assert_close(alone.pred_score[0], raw.pred_score[number], rtol=0, atol=1e-6)

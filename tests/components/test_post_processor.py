@@ -12,7 +12,8 @@ from anomalib.metrics import AUROC, F1AdaptiveThreshold
 from anomalib_intra import InTraPostProcessor
 from anomalib_intra.components.anomaly_map import _scaled_kernel, difference_map, image_score
 from anomalib_intra.components.batch import InTraBatch
-from anomalib_intra.components.reconstruction import Reconstruction
+
+from ..conftest import compared
 
 
 def reflect(n: int, length: int) -> int:
@@ -117,7 +118,7 @@ def test_deviations_other_than_the_papers() -> None:
     for deviation in ("squared", "positive", "scaled"):
         post_processor = InTraPostProcessor(enable_normalization=False, deviation=deviation)
         post_processor.set_training_mean(mean, std)
-        maps[deviation] = post_processor.raw_anomaly_map(images, reconstructions)
+        maps[deviation] = post_processor.raw_anomaly_map(difference_map(images, reconstructions))
     less = difference_map(images, reconstructions) < mean
     assert less.any()
     assert (~less).any()
@@ -139,7 +140,7 @@ def test_anomaly_map_and_score_are_equations_17_and_18() -> None:
     post_processor = InTraPostProcessor(enable_normalization=False)
     post_processor.set_training_mean(mean)
     difference = difference_map(images, reconstructions).double()
-    got = post_processor(Reconstruction(images, reconstructions))
+    got = post_processor(compared(images, reconstructions))
     for n in range(3):
         largest = 0.0
         for y in range(32):
@@ -213,7 +214,9 @@ def batch_of(count: int, labels: list[int] | None = None, seed: int = 0) -> InTr
         image=images,
         gt_label=None if labels is None else torch.tensor(labels),
         gt_mask=masks,
-    ).update(reconstruction=reconstructions)
+        reconstruction=reconstructions,
+        difference=difference_map(images, reconstructions),
+    )
 
 
 def test_thresholds_of_normal_images_are_quantiles() -> None:
@@ -222,7 +225,7 @@ def test_thresholds_of_normal_images_are_quantiles() -> None:
     for batch in batches:
         post_processor.observe(batch)
     post_processor.set_thresholds()
-    maps = torch.cat([post_processor.raw_anomaly_map(b.image, b.reconstruction) for b in batches])
+    maps = torch.cat([post_processor.raw_anomaly_map(b.difference) for b in batches])
     scores = maps.amax(dim=(1, 2, 3)).numpy()
     assert float(post_processor.image_threshold) == pytest.approx(np.quantile(scores, 0.75), rel=1e-6)
     assert float(post_processor.pixel_threshold) == pytest.approx(np.quantile(maps.numpy(), 0.9), rel=1e-6)
@@ -250,7 +253,7 @@ def test_decisions_follow_threshold_and_sensitivity(normalize: bool) -> None:
         post_processor._image_threshold.fill_(0.004)
         post_processor._pixel_threshold.fill_(0.002)
         batch = batch_of(12)
-        raw = image_score(post_processor.raw_anomaly_map(batch.image, batch.reconstruction))
+        raw = image_score(post_processor.raw_anomaly_map(batch.difference))
         post_processor.post_process_batch(batch)
         labels[sensitivity] = batch.pred_label
         assert torch.equal(batch.pred_label, raw > 0.004 * (1 - sensitivity) / sensitivity)
@@ -264,13 +267,13 @@ def test_decisions_follow_threshold_and_sensitivity(normalize: bool) -> None:
 def test_uncalibrated_post_processor_says_what_to_do() -> None:
     images = torch.rand(1, 3, 32, 32)
     with pytest.raises(RuntimeError, match=r"no training mean .*Run `anomalib test`"):
-        InTraPostProcessor()(Reconstruction(images, images))
+        InTraPostProcessor()(compared(images, images))
 
 
 def test_images_of_another_size_than_the_mean_are_refused() -> None:
     images = torch.rand(1, 3, 48, 32)
     with pytest.raises(ValueError, match=r"48 x 32 .* 32 x 32"):
-        calibrated()(Reconstruction(images, images))
+        calibrated()(compared(images, images))
 
 
 def test_state_survives_saving_and_reset_forgets_it(tmp_path: Path) -> None:

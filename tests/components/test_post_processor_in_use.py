@@ -10,7 +10,8 @@ from PIL import Image
 from anomalib_intra import InTraPostProcessor
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.batch import InTraBatch
-from anomalib_intra.components.reconstruction import Reconstruction
+
+from ..conftest import compared
 
 
 def calibrated(side=16, image=None, pixel=None, **options):
@@ -37,9 +38,9 @@ def hard_values(count, seed=0):
 
 def processed(monkeypatch, pp, maps, gt_label=None, gt_mask=None):
     """Run given raw maps (B, 1, H, W) through post_process_batch."""
-    monkeypatch.setattr(pp, "raw_anomaly_map", lambda images, reconstructions: maps.clone())
+    monkeypatch.setattr(pp, "raw_anomaly_map", lambda differences: maps.clone())
     blank = torch.zeros(len(maps), 3, *maps.shape[-2:])
-    batch = InTraBatch(image=blank, gt_label=gt_label, gt_mask=gt_mask)
+    batch = InTraBatch(image=blank, gt_label=gt_label, gt_mask=gt_mask, difference=blank[:, :1])
     batch.update(reconstruction=blank)
     pp.post_process_batch(batch)
     return batch
@@ -61,7 +62,7 @@ def test_auroc_through_post_process_batch_is_that_of_raw_values_exactly(monkeypa
     # Ties that decide: neighbours of one ulp are labelled apart.
     mask = torch.from_numpy(rng.random((40, 4, 4)) < 0.5)
     pp = calibrated(4, threshold, threshold)
-    raw = InTraBatch(image=torch.zeros(40, 3, 4, 4), gt_label=label, gt_mask=mask)
+    raw = InTraBatch(image=torch.zeros(40, 3, 4, 4), gt_label=label, gt_mask=mask, difference=torch.zeros(40, 1, 4, 4))
     raw.update(pred_score=maps.amax(dim=(1, 2, 3)), anomaly_map=maps)
     done = processed(monkeypatch, pp, maps, label, mask)
     assert len(torch.unique(done.anomaly_map)) == len(torch.unique(values))
@@ -94,9 +95,9 @@ def test_forward_gives_what_post_process_batch_gives_in_float32():
     pp.set_training_mean(torch.full((1, 1, 16, 24), 0.1))
     pp._image_threshold.fill_(0.1)
     pp._pixel_threshold.fill_(0.05)
-    batch = InTraBatch(image=images).update(reconstruction=reconstructions)
+    batch = InTraBatch(image=images, difference=difference_map(images, reconstructions))
     pp.post_process_batch(batch)
-    got = pp(Reconstruction(images, reconstructions))
+    got = pp(compared(images, reconstructions))
     assert got.pred_score.dtype == got.anomaly_map.dtype == torch.float32
     assert torch.equal(got.pred_score, batch.pred_score.float())
     assert torch.equal(got.anomaly_map.squeeze(1), torch.as_tensor(batch.anomaly_map).float().squeeze(1))
@@ -112,9 +113,9 @@ def test_without_thresholding_there_are_no_labels(monkeypatch):
 
 
 def with_labels(monkeypatch, pp, maps, gt_label=None, gt_mask=None):
-    monkeypatch.setattr(pp, "raw_anomaly_map", lambda images, reconstructions: maps.clone())
+    monkeypatch.setattr(pp, "raw_anomaly_map", lambda differences: maps.clone())
     blank = torch.zeros(len(maps), 3, *maps.shape[-2:])
-    pp.observe(InTraBatch(image=blank, gt_label=gt_label, gt_mask=gt_mask).update(reconstruction=blank))
+    pp.observe(InTraBatch(image=blank, gt_label=gt_label, gt_mask=gt_mask, difference=blank[:, :1]))
 
 
 def quantile(values, q):
@@ -200,7 +201,7 @@ def test_uncalibrated_refuses_every_way_in():
     images = torch.rand(1, 3, 16, 16)
     for name in ("observe", "post_process_batch"):
         with pytest.raises(RuntimeError, match="no training mean"):
-            getattr(InTraPostProcessor(), name)(InTraBatch(image=images).update(reconstruction=images))
+            getattr(InTraPostProcessor(), name)(InTraBatch(image=images, difference=torch.zeros_like(images[:, :1])))
 
 
 def test_equation_17_with_the_mean_over_several_training_images():
@@ -212,14 +213,14 @@ def test_equation_17_with_the_mean_over_several_training_images():
     expected = difference_map(image, other).double()
     for n in range(3):
         expected = expected - difference_map(train[n : n + 1], rebuilt[n : n + 1]).double() / 3
-    got = pp(Reconstruction(image, other)).anomaly_map.double().reshape(expected.shape)
+    got = pp(compared(image, other)).anomaly_map.double().reshape(expected.shape)
     torch.testing.assert_close(got, expected**2, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("threshold", [float("nan"), 0.0, 0.003])
 def test_black_images_give_finite_scores_whatever_the_threshold(threshold):
     black = torch.zeros(2, 3, 16, 16)
-    got = calibrated(16, threshold, threshold)(Reconstruction(black, black))
+    got = calibrated(16, threshold, threshold)(compared(black, black))
     assert got.pred_score.isfinite().all()
     assert got.anomaly_map.isfinite().all()
     assert not got.pred_label.any()
@@ -232,8 +233,8 @@ def test_original_size_resizes_maps_before_taking_the_maximum(monkeypatch, tmp_p
         Image.new("RGB", (30, 20)).save(paths[-1])
     pp = calibrated(4, original_size=True, enable_normalization=False)
     maps = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(4))
-    monkeypatch.setattr(pp, "raw_anomaly_map", lambda images, reconstructions: maps)
-    batch = InTraBatch(image=torch.zeros(2, 3, 4, 4), image_path=paths)
+    monkeypatch.setattr(pp, "raw_anomaly_map", lambda differences: maps)
+    batch = InTraBatch(image=torch.zeros(2, 3, 4, 4), image_path=paths, difference=torch.zeros(2, 1, 4, 4))
     batch.update(reconstruction=batch.image)
     pp.post_process_batch(batch)
     assert batch.anomaly_map.shape[-2:] == (20, 30)

@@ -46,16 +46,17 @@ class UnroundedBatch(ImageBatch):
 class _WithReconstruction:
     # A class of its own, since anomalib cannot resolve type hints of a batch class itself.
     reconstruction: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
 
 
 @dataclass
 class InTraItem(_WithReconstruction, ImageItem):
-    """An image item with its reconstruction, shape ``(3, H, W)``."""
+    """An image item with its reconstruction, shape ``(3, H, W)``, and difference map, shape ``(1, H, W)``."""
 
 
 @dataclass
 class InTraBatch(_WithReconstruction, UnroundedBatch):
-    """An unrounded image batch with its reconstruction, shape ``(B, 3, H, W)``."""
+    """An unrounded image batch with its reconstruction, ``(B, 3, H, W)``, and difference map, ``(B, 1, H, W)``."""
 
     item_class: ClassVar[type[InTraItem]] = InTraItem
 

@@ -19,7 +19,7 @@ from torchmetrics import R2Score
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.batch import InTraBatch, is_normal
 from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
-from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.components.visualizer import InTraVisualizer
@@ -83,17 +83,19 @@ class ReconstructionModule(TrainedModule):
             torch.Tensor: The mean loss, a scalar.
         """
 
-    def reconstruct(self, images: torch.Tensor) -> Reconstruction:
-        """Paint images again.
+    def compare(self, images: torch.Tensor) -> Comparison:
+        """Paint images again, and compare both (eq. 16).
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
 
         Returns:
-            Reconstruction: Images and reconstructions.
+            Comparison: Images, reconstructions and difference maps.
         """
-        reconstruction: Reconstruction = self.model(images)
-        return reconstruction
+        image, reconstruction = self.model(images)
+        return Comparison(
+            image, reconstruction, difference_map(image, reconstruction, self.post_processor.colour_weight)
+        )
 
     @property
     def scored_with(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class ReconstructionModule(TrainedModule):
         """Paint the normal images of a batch again and compare both.
 
         Args:
-            batch (InTraBatch): Batch of images; gets reconstructions.
+            batch (InTraBatch): Batch of images; gets reconstructions and difference maps.
             *args: Unused.
             **kwargs: Unused.
 
@@ -135,7 +137,7 @@ class ReconstructionModule(TrainedModule):
             InTraBatch: The batch.
         """
         del args, kwargs
-        batch = self._reconstructed(batch)
+        batch = self._compared(batch)
         normal = is_normal(batch)
         if normal.any():
             images, reconstructions = (torch.as_tensor(x)[normal].float() for x in (batch.image, batch.reconstruction))
@@ -171,10 +173,9 @@ class ReconstructionModule(TrainedModule):
         """
         total, count = torch.zeros(2, 1, *self.image_size, device=self.device), 0
         for batch in track(images.statistics, "Training mean (eq. 17)"):
-            batch = self._reconstructed(self.on_device(batch))
+            batch = self._compared(self.on_device(batch))
             normal = is_normal(batch)
-            image, reconstruction = (torch.as_tensor(x)[normal] for x in (batch.image, batch.reconstruction))
-            maps = difference_map(image, reconstruction, self.post_processor.colour_weight)
+            maps = torch.as_tensor(batch.difference)[normal]
             total += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)])
             count += len(maps)
         mean, mean_square = self.mean_of_all(total, count)[:, None]
@@ -188,22 +189,22 @@ class ReconstructionModule(TrainedModule):
             images (NormalImages): The loaders of the run.
         """
         for batch in track(images.thresholds, "Thresholds"):
-            self.post_processor.observe(self._reconstructed(self.on_device(batch)))
+            self.post_processor.observe(self._compared(self.on_device(batch)))
         self.post_processor.set_thresholds()
 
-    def _reconstructed(self, batch: ImageBatch) -> InTraBatch:
+    def _compared(self, batch: ImageBatch) -> InTraBatch:
         assert isinstance(batch, InTraBatch), "the batch_kind"
         with self.trainer.precision_plugin.forward_context():
-            batch.reconstruction = self.reconstruct(torch.as_tensor(batch.image)).reconstruction
+            _, batch.reconstruction, batch.difference = self.compare(torch.as_tensor(batch.image))
         return batch
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def test_step(self, batch: InTraBatch, *args: Any, **kwargs: Any) -> InTraBatch:
-        """Reconstruct a batch; the post-processor scores it.
+        """Compare a batch with its reconstruction; the post-processor scores it.
 
         Args:
-            batch (InTraBatch): Batch of images; gets reconstructions.
+            batch (InTraBatch): Batch of images; gets reconstructions and difference maps.
             *args: Unused.
             **kwargs: Unused.
 
@@ -211,7 +212,7 @@ class ReconstructionModule(TrainedModule):
             InTraBatch: The batch.
         """
         del args, kwargs
-        return self._reconstructed(batch)
+        return self._compared(batch)
 
     # ---- export ------------------------------------------------------------------------------------------------------
 
@@ -228,9 +229,11 @@ class ReconstructionModule(TrainedModule):
             size; while :meth:`to_onnx` exports it, also the reconstruction.
         """
         del args, kwargs
-        predictions = self.reconstruct(self.pre_processor(batch) if self.pre_processor else batch)
-        scored = self.post_processor(predictions)
-        return InferenceWithReconstruction(*scored, **predictions._asdict()) if self._exports_reconstruction else scored
+        compared = self.compare(self.pre_processor(batch) if self.pre_processor else batch)
+        scored = self.post_processor(compared)
+        if not self._exports_reconstruction:
+            return scored
+        return InferenceWithReconstruction(*scored, compared.image, compared.reconstruction)
 
     def to_onnx(
         self,

@@ -9,9 +9,9 @@ from anomalib.models.components import DynamicBufferMixin
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn.functional import interpolate
 
-from anomalib_intra.components.anomaly_map import Deviation, anomaly_map, difference_map, image_score
+from anomalib_intra.components.anomaly_map import Deviation, anomaly_map, image_score
 from anomalib_intra.components.batch import InTraBatch
-from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.data.image_files import common_size, masks_of_files
 
@@ -54,7 +54,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         >>> post_processor = InTraPostProcessor()
         >>> post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
         >>> images = torch.rand(2, 3, 64, 64)
-        >>> post_processor(Reconstruction(images, images)).pred_score
+        >>> post_processor(Comparison(images, images, torch.zeros(2, 1, 64, 64))).pred_score
         tensor([0., 0.])
     """
 
@@ -119,12 +119,11 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
 
     # ---- from reconstruction to raw map ------------------------------------------------------------------------------
 
-    def raw_anomaly_map(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+    def raw_anomaly_map(self, differences: torch.Tensor) -> torch.Tensor:
         """Squared deviation of the difference map from the training mean (eq. 17), or another ``deviation``.
 
         Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
-            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
+            differences (torch.Tensor): Difference maps, shape ``(B, 1, H, W)``.
 
         Returns:
             torch.Tensor: Raw anomaly maps, shape ``(B, 1, H, W)``; in [0, 1] but for ``deviation="scaled"``.
@@ -140,25 +139,24 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 "and this checkpoint; that computes the mean from the training images."
             )
             raise RuntimeError(msg)
-        difference = difference_map(images, reconstructions, self.colour_weight)
-        if difference.shape[-2:] != self.training_mean.shape[-2:]:
+        if differences.shape[-2:] != self.training_mean.shape[-2:]:
             msg = (
-                f"Images of {difference.shape[-2]} x {difference.shape[-1]} pixels cannot be compared with a training "
-                f"mean of {self.training_mean.shape[-2]} x {self.training_mean.shape[-1]}: resize the images to that."
+                f"Images of {differences.shape[-2]} x {differences.shape[-1]} pixels cannot be compared with a "
+                f"training mean of {self.training_mean.shape[-2]} x {self.training_mean.shape[-1]}: resize the images to that."
             )
             raise ValueError(msg)
-        return anomaly_map(difference, self.training_mean, self.training_std, self.deviation)
+        return anomaly_map(differences, self.training_mean, self.training_std, self.deviation)
 
-    def suspicious(self, predictions: Reconstruction) -> torch.Tensor:
+    def suspicious(self, differences: torch.Tensor) -> torch.Tensor:
         """Tell where a first reconstruction differs so much that a second pass should not see what is there.
 
         Args:
-            predictions (Reconstruction): Images and reconstructions, ``(B, 3, H, W)`` each.
+            differences (torch.Tensor): Difference maps, shape ``(B, 1, H, W)``.
 
         Returns:
             torch.Tensor: Booleans of shape ``(B, 1, H, W)``, all False before :meth:`suspect_above_pixel_threshold`.
         """
-        return self.raw_anomaly_map(*predictions) > self.suspicion_threshold
+        return self.raw_anomaly_map(differences) > self.suspicion_threshold
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 
@@ -194,34 +192,34 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Collect raw scores and maps of images to set thresholds on.
 
         Args:
-            batch (InTraBatch): Batch with ``image``, ``reconstruction`` and, where known, labels and masks; gets the
+            batch (InTraBatch): Batch with ``difference`` and, where known, labels and masks; gets the
                 raw scores and maps.
         """
-        maps = self.raw_anomaly_map(torch.as_tensor(batch.image), torch.as_tensor(batch.reconstruction))
+        maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
         batch.update(pred_score=image_score(maps), anomaly_map=maps)
         super().observe(batch)
 
     # ---- inference ---------------------------------------------------------------------------------------------------
 
-    def forward(self, predictions: Reconstruction) -> InferenceBatch:
-        """Score reconstructions.
+    def forward(self, predictions: Comparison) -> InferenceBatch:
+        """Score images by their difference maps.
 
         Args:
-            predictions (Reconstruction): Images and reconstructions, ``(B, 3, H, W)`` each.
+            predictions (Comparison): Images, reconstructions and difference maps.
 
         Returns:
             InferenceBatch: Scores ``(B,)``, maps ``(B, 1, H, W)`` in float32, labels and masks.
         """
-        maps = self.raw_anomaly_map(predictions.image, predictions.reconstruction)
+        maps = self.raw_anomaly_map(predictions.difference)
         return super().forward(InferenceBatch(pred_score=image_score(maps), anomaly_map=maps))
 
     def post_process_batch(self, batch: InTraBatch) -> None:
         """Score a batch in place.
 
         Args:
-            batch (InTraBatch): Batch with ``image`` and ``reconstruction``; gets scores, maps, labels and masks.
+            batch (InTraBatch): Batch with ``difference``; gets scores, maps, labels and masks.
         """
-        maps = self.raw_anomaly_map(torch.as_tensor(batch.image), torch.as_tensor(batch.reconstruction))
+        maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
         if self.original_size:
             size = common_size(batch.image_path)
             maps = interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -19,7 +19,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 
-from anomalib_intra.components.reconstruction import Reconstruction
+from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.reconstruction import Comparison, Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
 from anomalib_intra.data.normal_images import NormalImages
@@ -246,19 +247,21 @@ class InTra(ReconstructionModule):
         """The options of this model that the calibration depends on."""
         return {"window_shift": self.window_shift, "second_pass": self.second_pass}
 
-    def reconstruct(self, images: torch.Tensor) -> Reconstruction:
-        """Inpaint every patch of images, a second time where that was asked for.
+    def compare(self, images: torch.Tensor) -> Comparison:
+        """Inpaint every patch of images, a second time where that was asked for, and compare both (eq. 16).
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
 
         Returns:
-            Reconstruction: Images and reconstructions.
+            Comparison: Images, reconstructions and difference maps.
         """
-        first = super().reconstruct(images)
+        first = super().compare(images)
         if not self.second_pass or not self.is_calibrated:  # (in training, or for the training mean, there is one pass)
             return first
-        return second_pass(self.model, first, self.post_processor.suspicious(first))
+        suspicious = self.post_processor.suspicious(first.difference)
+        second = second_pass(self.model, Reconstruction(first.image, first.reconstruction), suspicious)
+        return Comparison(*second, difference_map(*second, self.post_processor.colour_weight))
 
     def set_thresholds(self, images: NormalImages) -> None:
         """Set the thresholds, those of the first pass before those of the second.
