@@ -6,7 +6,6 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ EPOCHS = 2
 def short_forecast() -> Iterator[None]:
     """The steps of these tests take milliseconds: no need to time them for seconds at each start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("anomalib_intra.experiments.reproduce.forecast"), "_SECONDS", 0.05)
+        patch.setattr("anomalib_intra.experiments.reproduce.forecast._SECONDS", 0.05)
         yield
 
 
