@@ -195,7 +195,7 @@ def test_a_stopped_selection_ends_as_one_that_was_not_stopped(
 
 def test_a_finished_selection_trains_nothing(whole, config: Path, monkeypatch) -> None:
     output, table = whole
-    monkeypatch.setattr("anomalib_intra.experiments.train_command.Fit.run", None)
+    monkeypatch.setattr("anomalib_intra.experiments.train_command.TrainCommand.run", None)
     again = select_size(["--config", str(config)], SIZES, EPOCHS, output)
     pd.testing.assert_frame_equal(again, table)
 

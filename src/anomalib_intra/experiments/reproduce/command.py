@@ -15,7 +15,7 @@ from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.reproduce.forecast import forecast
 from anomalib_intra.experiments.reproduce.page import write_page
 from anomalib_intra.experiments.reproduce.slices import Slice, read_slices
-from anomalib_intra.experiments.train_command import Fit
+from anomalib_intra.experiments.train_command import TrainCommand
 from anomalib_intra.training.atomic_file import write_atomically
 from anomalib_intra.training.checkpoints import BestCheckpoint, LastCheckpoint
 from anomalib_intra.yardsticks import yardsticks
@@ -56,18 +56,18 @@ def reproduce(
         >>> reproduce(["--config", "configs/mvtec/bottle.yaml"], minutes=9)  # doctest: +SKIP
     """
     ends = None if minutes is None else time.monotonic() + 60 * minutes
-    fit = Fit(arguments)
-    category = _check(fit)
+    command = TrainCommand(arguments)
+    category = _check(command)
     folder = Path(output) / category
     weights = folder / "weights"
-    fit.claim(folder)
-    fit.datamodule.setup()
+    command.claim(folder)
+    command.datamodule.setup()
 
-    epochs = epochs or max(fit.settings.get("trainer", {}).get("max_epochs") or 0, 0) or _EPOCHS
+    epochs = epochs or max(command.settings.get("trainer", {}).get("max_epochs") or 0, 0) or _EPOCHS
     done = len(read_curve(folder / "losses.csv"))
     if (folder / "result.json").is_file() and json.loads((folder / "result.json").read_text())["ended_by_itself"]:
         epochs = done
-    left = timedelta(seconds=round(forecast(fit, max(0, epochs - done))))
+    left = timedelta(seconds=round(forecast(command, max(0, epochs - done))))
     print(
         f"{category}: {done} of {epochs} epochs done, about {left} of training left (less if the validation loss stops "
         "improving).",
@@ -82,10 +82,10 @@ def reproduce(
         LastCheckpoint(weights),
     ]
     trainer = {"max_epochs": max(epochs, done), "max_steps": -1, "max_time": None, "check_val_every_n_epoch": 1}
-    engine = fit.make_engine(folder, callbacks, **trainer)
+    engine = command.make_engine(folder, callbacks, **trainer)
     last = weights / "last.ckpt"
     try:
-        fit.train(engine, last if last.is_file() else None)
+        command.train(engine, last if last.is_file() else None)
     except KeyboardInterrupt:
         if this.is_over:
             return None
@@ -95,30 +95,30 @@ def reproduce(
         for one in engine.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         if isinstance(one, EarlyStopping)
     ]
-    testing = fit.make_engine(folder / "test", [])
-    (metrics,) = testing.test(fit.model, datamodule=fit.datamodule, verbose=False)
-    size = fit.model.image_size
-    compared = yardsticks(fit.datamodule, size, fit.model.post_processor.original_size, folder / "yardsticks")
+    testing = command.make_engine(folder / "test", [])
+    (metrics,) = testing.test(command.model, datamodule=command.datamodule, verbose=False)
+    size = command.model.image_size
+    compared = yardsticks(command.datamodule, size, command.model.post_processor.original_size, folder / "yardsticks")
     done = len(read_curve(folder / "losses.csv"))
     result = {
         "category": category,
-        "settings": fit.settings,
-        "parameters": sum(weight.numel() for weight in fit.model.model.parameters()),
+        "settings": command.settings,
+        "parameters": sum(weight.numel() for weight in command.model.model.parameters()),
         "epochs": done,
         "ended_by_itself": any(one.stopped_epoch > 0 for one in early_stopping),
-        "windows": done * len(fit.datamodule.train_data) * fit.model.windows_per_image,
+        "windows": done * len(command.datamodule.train_data) * command.model.windows_per_image,
         "slices": read_slices(folder / "slices.json"),
         "metrics": metrics,
         "yardsticks": compared.rename(columns={"PSNR": "good_PSNR"}).to_dict(orient="index"),
         "test": str(Path(testing.trainer.default_root_dir)),
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=2))
-    write_page(result, fit.model.losses, folder)
+    write_page(result, command.model.losses, folder)
     return result
 
 
-def _check(fit: Fit) -> str:
-    datamodule = fit.datamodule
+def _check(command: TrainCommand) -> str:
+    datamodule = command.datamodule
     if not isinstance(datamodule, MVTecAD):
         msg = f"Only categories of MVTec AD have published figures; the data is {type(datamodule).__name__}."
         raise ValueError(msg)

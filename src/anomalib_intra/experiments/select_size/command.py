@@ -10,7 +10,7 @@ from pandas import DataFrame
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.select_size.report import write_selection
 from anomalib_intra.experiments.select_size.rule import averaged
-from anomalib_intra.experiments.train_command import Fit
+from anomalib_intra.experiments.train_command import TrainCommand
 from anomalib_intra.intra.grid import check_image_size
 
 
@@ -46,9 +46,9 @@ def select_size(
         >>> table = select_size(["--config", "configs/intra.yaml"])  # doctest: +SKIP
     """
     output, sizes = Path(output), sorted(set(sizes))
-    fit = Fit(arguments)
-    _check(fit, sizes, epochs)
-    fit.claim(output)
+    command = TrainCommand(arguments)
+    _check(command, sizes, epochs)
+    command.claim(output)
 
     folders = {size: output / f"{size}x{size}" for size in sizes}
     missing = {size: max(0, epochs - len(read_curve(folders[size] / "losses.csv"))) for size in sizes}
@@ -60,18 +60,18 @@ def select_size(
             shutil.rmtree(folder, ignore_errors=True)  # a first epoch that was cut off
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{size} x {size} ({number} of {len(sizes)})"
-        training = Fit([*arguments, f"--model.image_size=[{size},{size}]"])
+        training = TrainCommand([*arguments, f"--model.image_size=[{size},{size}]"])
         training.run(folder, epochs, LossCurve(path, name, epochs, to_come=sum(missing.values())))
         if len(read_curve(path)) < epochs:
             msg = f"The training at {name} ended before its {epochs} epochs: look for what limits it in the trainer."
             raise ValueError(msg)
     curves = {size: read_curve(folders[size] / "losses.csv").head(epochs) for size in sizes}
-    return write_selection(curves, fit.settings, output)
+    return write_selection(curves, command.settings, output)
 
 
-def _check(fit: Fit, sizes: Sequence[int], epochs: int) -> None:
+def _check(command: TrainCommand, sizes: Sequence[int], epochs: int) -> None:
     if not sizes:
         raise ValueError("There are no image sizes to choose from: give one or more.")
     for size in sizes:
-        check_image_size(size, size, fit.model.patch_size, fit.model.window_size)
+        check_image_size(size, size, command.model.patch_size, command.model.window_size)
     averaged(DataFrame({"val_loss": 0.0}, index=range(epochs))["val_loss"])  # refuses too few epochs
