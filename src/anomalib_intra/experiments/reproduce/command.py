@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.reproduce.forecast import forecast
 from anomalib_intra.experiments.reproduce.page import write_page
-from anomalib_intra.experiments.reproduce.slices import Slice, read_slices
+from anomalib_intra.experiments.reproduce.time_budget import TimeBudget, read_sessions
 from anomalib_intra.experiments.train_command import TrainCommand
 from anomalib_intra.training.atomic_file import write_atomically
 from anomalib_intra.training.checkpoints import BestCheckpoint, LastCheckpoint
@@ -74,9 +74,9 @@ def reproduce(
         flush=True,
     )
 
-    this = Slice(folder / "slices.json", ends)
+    budget = TimeBudget(folder / "sessions.json", ends)
     callbacks = [
-        this,
+        budget,
         LossCurve(folder / "losses.csv", category, epochs),
         BestCheckpoint(weights),
         LastCheckpoint(weights),
@@ -87,7 +87,7 @@ def reproduce(
     try:
         command.train(engine, last if last.is_file() else None)
     except KeyboardInterrupt:
-        if this.is_over:
+        if budget.is_used_up:
             return None
         raise
     early_stopping = [
@@ -107,7 +107,7 @@ def reproduce(
         "epochs": done,
         "ended_by_itself": any(one.stopped_epoch > 0 for one in early_stopping),
         "windows": done * len(command.datamodule.train_data) * command.model.windows_per_image,
-        "slices": read_slices(folder / "slices.json"),
+        "sessions": read_sessions(folder / "sessions.json"),
         "metrics": metrics,
         "yardsticks": compared.rename(columns={"PSNR": "good_PSNR"}).to_dict(orient="index"),
         "test": str(Path(testing.trainer.default_root_dir)),
