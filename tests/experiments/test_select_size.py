@@ -17,8 +17,8 @@ from pandas import Series
 from anomalib_intra import InTra, cli
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.select_size import select_size
-from anomalib_intra.experiments.select_size.report import selection
 from anomalib_intra.experiments.select_size.rule import averaged, choose
+from anomalib_intra.experiments.select_size.selection import selection
 
 from ..conftest import TINY
 

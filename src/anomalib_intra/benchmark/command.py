@@ -10,7 +10,7 @@ from anomalib.pipelines.components.runners import ParallelRunner, SerialRunner
 from pandas import DataFrame
 
 from anomalib_intra.benchmark.job import BenchmarkRuns
-from anomalib_intra.benchmark.report import write_report
+from anomalib_intra.benchmark.page import write_page
 
 
 def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> DataFrame:
@@ -41,7 +41,7 @@ def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> D
     finally:  # also when it was interrupted
         rows = DataFrame([run.row for run in runs if run.row is not None])
         if len(rows):
-            write_report(rows, settings, output, missing=[str(run) for run in runs if run.row is None])
+            write_page(rows, settings, output, missing=[str(run) for run in runs if run.row is None])
     return rows
 
 

@@ -11,7 +11,7 @@ import yaml
 from pandas import DataFrame
 
 from anomalib_intra.benchmark.published import published
-from anomalib_intra.benchmark.report import markdown
+from anomalib_intra.benchmark.tables import markdown
 from anomalib_intra.report.plots import training_curves
 
 _COLUMNS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 from pandas import DataFrame
 
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
-from anomalib_intra.experiments.select_size.report import write_selection
 from anomalib_intra.experiments.select_size.rule import averaged
+from anomalib_intra.experiments.select_size.selection import write_selection
 from anomalib_intra.experiments.train_command import TrainCommand
 from anomalib_intra.intra.grid import check_image_size
 
@@ -34,7 +34,7 @@ def select_size(
             (the given config with the chosen size) and the trainings.
 
     Returns:
-        DataFrame: A row for each size, as :func:`~anomalib_intra.experiments.select_size.report.selection` makes it.
+        DataFrame: A row for each size, as :func:`~anomalib_intra.experiments.select_size.selection.selection` makes it.
 
     Raises:
         ValueError: If arguments, sizes, epochs or an earlier selection in the folder do not fit (nothing is run then),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's results as a table (CSV), a page (Markdown) and a bar chart (PNG)."""
+"""The page of a benchmark (Markdown), with its rows (CSV) and a bar chart (PNG) beside it."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from anomalib_intra.benchmark.evaluation import METRICS
-from anomalib_intra.benchmark.table import comparison, published_means
+from anomalib_intra.benchmark.tables import comparison, markdown, published_means
 
 _TITLES = {
     "image_AUROC": "Detection: image AUROC in %, the paper's Table 1 beside it",
@@ -35,7 +35,7 @@ _COST_HEADING = (
 )
 
 
-def write_report(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
+def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
     """Write ``benchmark.csv``, ``benchmark.png`` and ``benchmark.md``.
 
     Args:
@@ -131,27 +131,3 @@ def _costs(rows: DataFrame) -> DataFrame:
     costs = rows.groupby("model", sort=False)[list(_COSTS)].mean()
     costs["parameters"] /= 1e6
     return costs.rename(columns=_COSTS)
-
-
-def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
-    """Write a table of numbers in Markdown.
-
-    Args:
-        table (DataFrame): Numbers, NaN where there is none.
-        digits (int | Sequence[int]): Digits after the point, of all columns or of each.
-
-    Returns:
-        str: The table.
-
-    Example:
-        >>> print(markdown(DataFrame({"a": [1.25, float("nan")]}, index=["x", "y"]), digits=1))
-        |    |   a |
-        |:---|----:|
-        | x  | 1.2 |
-        | y  |   - |
-    """
-    each = [digits] * len(table.columns) if isinstance(digits, int) else digits
-    texts = table.astype(object)
-    for column, number in zip(table.columns, each, strict=True):
-        texts[column] = ["-" if value != value else f"{value:.{number}f}" for value in table[column]]
-    return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])

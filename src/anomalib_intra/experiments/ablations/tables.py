@@ -8,8 +8,7 @@ from pathlib import Path
 from pandas import DataFrame, concat
 
 from anomalib_intra.benchmark.job import BenchmarkRun
-from anomalib_intra.benchmark.report import markdown
-from anomalib_intra.benchmark.table import by_category
+from anomalib_intra.benchmark.tables import by_category, markdown
 from anomalib_intra.experiments.ablations.published import STUDIES
 
 _TASKS = {"Det.": "image_AUROC", "Seg.": "pixel_AUROC"}
