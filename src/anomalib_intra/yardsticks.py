@@ -96,6 +96,9 @@ class Yardstick(ReconstructionModule):
     def configure_optimizers(self) -> None:
         """Nothing to optimize."""
 
+    def training_step(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to learn, but Lightning starts no training without a step."""
+
     def reset_parameters(self) -> None:
         """No weights to initialise."""
 
