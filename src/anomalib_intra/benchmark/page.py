@@ -2,7 +2,6 @@
 """The page of a benchmark (Markdown), with its rows (CSV) and a bar chart (PNG) beside it."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from anomalib_intra.benchmark.evaluation import METRICS
+from anomalib_intra.benchmark.machine import versions
 from anomalib_intra.benchmark.tables import comparison, markdown, published_means
 
 _TITLES = {
@@ -109,13 +109,12 @@ def _heading(rows: DataFrame, config: dict[str, Any]) -> str:
         reduced = f"{sizes[0]} x {sizes[1]} pixels"
     seen = rows.drop_duplicates("model").set_index("model")["pretrained"]
     used = ", ".join(sorted(set(rows.get("device", Series(dtype=str)).dropna()))) or "nothing yet"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
     return (
         "# Benchmark\n\n"
         "Written by `anomalib-intra benchmark --config CONFIG`, with the config at the end of this page. "
         f"Every model saw the same training, held-out and test images, reduced to {reduced}, and "
         "was scored at that size on raw scores: normalization, which clamps scores and so moves AUROC, is off for all. "
-        f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions}.\n\n"
+        f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions()}.\n\n"
         + DataFrame({"beside the training images, the model saw": seen}).to_markdown()
     )
 

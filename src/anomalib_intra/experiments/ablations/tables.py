@@ -2,12 +2,12 @@
 """Ablation studies in the layout of the paper's Tables 3 to 6."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from pandas import DataFrame, concat
 
 from anomalib_intra.benchmark.job import BenchmarkRun
+from anomalib_intra.benchmark.machine import versions
 from anomalib_intra.benchmark.published import STUDIES
 from anomalib_intra.benchmark.tables import by_category, markdown
 
@@ -73,12 +73,11 @@ def write_ablations(studies: Mapping[str, Sequence[BenchmarkRun]], output: Path)
 
 
 def _circumstances(rows: DataFrame) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
     done = rows[rows["error"] == ""] if len(rows) else rows
     if not len(done):
-        return f"With {versions}."
+        return f"With {versions()}."
     seeds, epochs, devices = (", ".join(map(str, sorted(set(done[name])))) for name in ("seed", "epochs", "device"))
-    return f"Seeds: {seeds}. Epochs of training: {epochs}; the paper's: 200. Measured on: {devices}. With {versions}."
+    return f"Seeds: {seeds}. Epochs of training: {epochs}; the paper's: 200. Measured on: {devices}. With {versions()}."
 
 
 def _section(name: str, runs: Sequence[BenchmarkRun], rows: DataFrame) -> str:

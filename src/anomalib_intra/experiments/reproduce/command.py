@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from anomalib.data import MVTecAD
-from lightning.pytorch.callbacks import EarlyStopping
 
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.reproduce.forecast import forecast
@@ -90,31 +89,30 @@ def reproduce(
         if budget.is_used_up:
             return None
         raise
-    early_stopping = [
-        one
-        for one in engine.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
-        if isinstance(one, EarlyStopping)
-    ]
+    ended_by_itself = any(one.stopped_epoch > 0 for one in engine.trainer.early_stopping_callbacks)
+    result = {"category": category, **_test(command, folder), "ended_by_itself": ended_by_itself}
+    write_atomically(folder / "result.json", json.dumps(result, indent=2))
+    write_page(result, command.model.losses, folder)
+    return result
+
+
+def _test(command: TrainCommand, folder: Path) -> dict[str, Any]:
+    """Test what was trained in a folder, and the yardsticks beside it."""
     testing = command.make_engine(folder / "test", [])
     (metrics,) = testing.test(command.model, datamodule=command.datamodule, verbose=False)
     size = command.model.image_size
     compared = yardsticks(command.datamodule, size, command.model.post_processor.original_size, folder / "yardsticks")
     done = len(read_curve(folder / "losses.csv"))
-    result = {
-        "category": category,
+    return {
         "settings": command.settings,
         "parameters": sum(weight.numel() for weight in command.model.model.parameters()),
         "epochs": done,
-        "ended_by_itself": any(one.stopped_epoch > 0 for one in early_stopping),
         "windows": done * len(command.datamodule.train_data) * command.model.windows_per_image,
         "sessions": read_sessions(folder / "sessions.json"),
         "metrics": metrics,
         "yardsticks": compared.rename(columns={"PSNR": "good_PSNR"}).to_dict(orient="index"),
         "test": str(Path(testing.trainer.default_root_dir)),
     }
-    write_atomically(folder / "result.json", json.dumps(result, indent=2))
-    write_page(result, command.model.losses, folder)
-    return result
 
 
 def _check(command: TrainCommand) -> str:

@@ -3,13 +3,13 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pandas import DataFrame
 
+from anomalib_intra.benchmark.machine import versions
 from anomalib_intra.benchmark.published import published
 from anomalib_intra.benchmark.tables import markdown
 from anomalib_intra.report.plots import training_curves
@@ -47,7 +47,7 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 {result["settings"]["trainer"].get("precision") or "32-true"}.
 - {_time(result["sessions"])}
 - Weights of epoch {_best(losses)}, the one with the lowest validation loss. No test image was seen before the test.
-- With anomalib {version("anomalib")}, anomalib-intra {version("anomalib-intra")}, torch {version("torch")}.
+- With {versions()}.
 
 ![Training and validation loss](losses.png)
 
