@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flat and the mean-image yardstick, and the PSNR of good images."""
+"""The flat and the mean-image yardstick."""
 
 from pathlib import Path
 
@@ -9,28 +9,7 @@ from anomalib.data.utils import read_image
 from torchvision.transforms.v2.functional import resize
 
 from anomalib_intra import TextureDemo
-from anomalib_intra.components.batch import InTraBatch
-from anomalib_intra.metrics import PSNR
 from anomalib_intra.yardsticks import yardsticks
-
-
-def test_psnr_is_that_of_normal_images_only() -> None:
-    torch.manual_seed(0)
-    images, reconstructions = torch.rand(2, 5, 3, 8, 8)
-    metric = PSNR(prefix="good_")
-    for part in (slice(0, 2), slice(2, 5)):
-        labels = torch.tensor([0, 1, 1, 0, 0])[part]
-        metric.update(InTraBatch(image=images[part], reconstruction=reconstructions[part], gt_label=labels))
-    metric.update(InTraBatch(image=images[1:2], reconstruction=images[1:2], gt_label=torch.tensor([1])))
-    error = ((images - reconstructions)[[0, 3, 4]] ** 2).mean()
-    assert metric.name == "good_PSNR"
-    assert metric.compute() == pytest.approx(float(10 * torch.log10(1 / error)), abs=1e-4)
-
-
-def test_psnr_without_reconstructions_is_left_out() -> None:
-    metric = PSNR()
-    metric.update(InTraBatch(image=torch.rand(2, 3, 8, 8)))
-    assert metric.compute() is None
 
 
 def test_yardsticks(demo_root: Path) -> None:

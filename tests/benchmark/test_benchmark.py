@@ -19,10 +19,10 @@ from anomalib_intra import InTra
 from anomalib_intra.benchmark import benchmark
 from anomalib_intra.benchmark.evaluation import AUROC, F1Max, unsaturated
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
+from anomalib_intra.benchmark.page import write_page
 from anomalib_intra.benchmark.published import OBJECTS, TEXTURES, published
-from anomalib_intra.benchmark.report import write_report
 from anomalib_intra.benchmark.runs import build_datamodule, build_model, parse
-from anomalib_intra.benchmark.table import comparison, published_means
+from anomalib_intra.benchmark.tables import comparison, published_means
 
 from ..conftest import CONFIGS, TINY
 
@@ -166,7 +166,7 @@ def test_every_category_may_have_its_own_size(tmp_path: Path) -> None:
     runs = runs_of(tmp_path, data=data, image_size={"wood": [320, 320], "grid": [512, 512]})
     assert {run.category: run.config["image_size"] for run in runs} == {"grid": [512, 512], "wood": [320, 320]}
     rows = pd.DataFrame([{"model": "A", "category": "wood", "seed": 1, "pretrained": "nothing", "error": "it failed"}])
-    page = write_report(rows, {"benchmark": {"image_size": {"wood": [320, 320], "grid": [512, 512]}}}, tmp_path)
+    page = write_page(rows, {"benchmark": {"image_size": {"wood": [320, 320], "grid": [512, 512]}}}, tmp_path)
     assert "reduced to 320 x 320 (wood), 512 x 512 (grid) pixels" in page.read_text()
 
 
@@ -445,7 +445,7 @@ def test_page_of_failures_alone(tmp_path: Path) -> None:
         [{"model": "A", "category": "x", "seed": 1, "pretrained": "nothing", "error": "ValueError: it failed"}]
     )
     config = {"benchmark": {}, "notes": "Look here."}
-    page = write_report(rows, config, tmp_path, missing=["B on x, seed 1"]).read_text()
+    page = write_page(rows, config, tmp_path, missing=["B on x, seed 1"]).read_text()
     assert "Look here." in page
     assert "Missing runs" in page
     assert "B on x, seed 1" in page

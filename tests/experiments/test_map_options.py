@@ -11,7 +11,7 @@ import torch
 from anomalib_intra import InTra, InTraPostProcessor, TextureDemo
 from anomalib_intra.experiments.map_options import map_options
 from anomalib_intra.intra.torch_model import InpaintingTransformer
-from anomalib_intra.yardsticks import scores_and_psnr
+from anomalib_intra.metrics import PaperEvaluator
 
 from ..conftest import tiny_engine, tiny_intra
 
@@ -54,7 +54,7 @@ def test_rows_are_tests_with_these_options_and_images_are_reconstructed_once(
         model = InTra.load_from_checkpoint(
             checkpoint,
             post_processor=InTraPostProcessor(**of_the_map),
-            evaluator=scores_and_psnr(),
+            evaluator=PaperEvaluator(decisions=False, psnr_prefix=""),
             **{name: value for name, value in chosen.items() if name not in of_the_map},
         )
         (expected,) = tiny_engine(tmp_path).test(model, datamodule=demo)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A category end to end: in slices as in one go, the page, and what is refused."""
+"""A category end to end: in several sessions as in one go, the page, and what is refused."""
 
 import json
 import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ EPOCHS = 2
 def short_forecast() -> Iterator[None]:
     """The steps of these tests take milliseconds: no need to time them for seconds at each start."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(import_module("anomalib_intra.experiments.reproduce.forecast"), "_SECONDS", 0.05)
+        patch.setattr("anomalib_intra.experiments.reproduce.forecast._SECONDS", 0.05)
         yield
 
 
@@ -99,8 +98,8 @@ def test_the_result_has_all_figures(whole) -> None:
     assert list(table.index) == ["this run", "flat, the training images' mean colour", "the mean training image"]
     assert table.notna().all(axis=None)
     assert table.loc["this run", "image AUROC"] == result["metrics"]["image_AUROC"]
-    assert len(result["slices"]) == 1
-    assert result["slices"][0]["epochs"] == EPOCHS
+    assert len(result["sessions"]) == 1
+    assert result["sessions"][0]["epochs"] == EPOCHS
 
 
 def test_the_page_says_that_the_training_may_have_been_too_short(whole) -> None:
@@ -122,7 +121,7 @@ def test_the_papers_figures_stand_beside_those_of_its_categories(whole) -> None:
     assert paper[["AUPRO", "PSNR of good images (dB)"]].isna().all()
 
 
-def test_slices_end_as_one_run_does(whole, command: list[str], tmp_path: Path, capsys) -> None:
+def test_several_sessions_end_as_one_does(whole, command: list[str], tmp_path: Path, capsys) -> None:
     folder, result = whole
     command += ["--minutes", "0"]
     lines = []
@@ -133,10 +132,10 @@ def test_slices_end_as_one_run_does(whole, command: list[str], tmp_path: Path, c
     assert lines[0].startswith(f"weave: 0 of {EPOCHS} epochs done, about 0:00:0")
     assert any(line.startswith(f"weave: 1 of {EPOCHS} epochs done") for line in lines)
     assert "| this run" in out
-    sliced = json.loads((tmp_path / "weave/result.json").read_text())
-    assert len(sliced["slices"]) > EPOCHS
-    assert sliced["metrics"] == result["metrics"]
-    assert sliced["windows"] == result["windows"]
+    resumed = json.loads((tmp_path / "weave/result.json").read_text())
+    assert len(resumed["sessions"]) > EPOCHS
+    assert resumed["metrics"] == result["metrics"]
+    assert resumed["windows"] == result["windows"]
     best, uncut = (torch.load(path / "weights/model.ckpt", weights_only=True) for path in (tmp_path / "weave", folder))
     assert best["epoch"] == uncut["epoch"]
     for name, value in uncut["state_dict"].items():

@@ -17,8 +17,8 @@ from pandas import Series
 from anomalib_intra import InTra, cli
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.select_size import select_size
-from anomalib_intra.experiments.select_size.report import selection
 from anomalib_intra.experiments.select_size.rule import averaged, choose
+from anomalib_intra.experiments.select_size.selection import selection
 
 from ..conftest import TINY
 
@@ -195,7 +195,7 @@ def test_a_stopped_selection_ends_as_one_that_was_not_stopped(
 
 def test_a_finished_selection_trains_nothing(whole, config: Path, monkeypatch) -> None:
     output, table = whole
-    monkeypatch.setattr("anomalib_intra.experiments.train_command.Fit.run", None)
+    monkeypatch.setattr("anomalib_intra.experiments.train_command.TrainCommand.run", None)
     again = select_size(["--config", str(config)], SIZES, EPOCHS, output)
     pd.testing.assert_frame_equal(again, table)
 

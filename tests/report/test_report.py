@@ -2,6 +2,7 @@
 """The report of a run: what is in it, that it needs nothing else, and that a browser shows it."""
 
 import base64
+import math
 import shutil
 import subprocess
 from collections import Counter
@@ -302,6 +303,15 @@ def test_auroc_of_a_kind_is_that_of_torchmetrics() -> None:
     scores = torch.tensor(np.concatenate([anomalous, normal]))
     expected = binary_auroc(scores, torch.tensor([1] * 40 + [0] * 25))
     assert auroc(Series(anomalous), Series(normal)) == pytest.approx(float(expected), abs=1e-6)
+    large = (1000 * Series(scores) for scores in (anomalous, normal))  # a sigmoid would tie them
+    assert auroc(*large) == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_auroc_of_a_kind_leaves_out_images_without_a_score_and_needs_both_labels() -> None:
+    nan = float("nan")
+    assert auroc(Series([0.9, nan, 0.4]), Series([0.1, 0.5, nan])) == 0.75
+    assert math.isnan(auroc(Series([0.9]), Series([nan])))
+    assert math.isnan(auroc(Series(dtype=float), Series([0.1])))
 
 
 def test_histogram_holds_every_image_and_the_threshold() -> None:

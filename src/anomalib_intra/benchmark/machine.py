@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured on: the name of card or processor, and how much memory was used."""
+"""What is measured on and how: the name of card or processor, what is installed, memory used and seconds passed."""
 
 import platform
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,6 +29,19 @@ def device_name(device: torch.device) -> str:
     name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'s' * (threads > 1)}"
+
+
+def versions() -> str:
+    """Name the versions that figures depend on.
+
+    Returns:
+        str: Those of anomalib, this package and torch.
+
+    Example:
+        >>> [one.split()[0] for one in versions().split(", ")]
+        ['anomalib', 'anomalib-intra', 'torch']
+    """
+    return ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -72,3 +88,26 @@ def wait_for(device: torch.device) -> None:
     """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
+
+
+def seconds_of(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
+    """Time work, from when the device has nothing else to do until it is done.
+
+    Args:
+        device (torch.device): The device it runs on.
+        work (Callable): The work.
+        times (int): How often it is done.
+
+    Returns:
+        float: Seconds of all times together.
+
+    Example:
+        >>> seconds_of(torch.device("cpu"), lambda: time.sleep(0.01), times=2) >= 0.02
+        True
+    """
+    wait_for(device)
+    started = time.perf_counter()
+    for _ in range(times):
+        work()
+    wait_for(device)
+    return time.perf_counter() - started

@@ -2,8 +2,6 @@
 """The rate of torch's matrix products at a model's own shapes: what anything else on the machine is measured by."""
 
 import math
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from statistics import median
@@ -12,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import linear
 
-from anomalib_intra.benchmark.machine import wait_for
+from anomalib_intra.benchmark.machine import seconds_of
 from anomalib_intra.intra.lightning_model import InTra
 
 #: To find the fastest product, all are measured in turns, several times for so many seconds each.
@@ -70,19 +68,12 @@ class Ceiling:
     def _rate(self, size: _Product, seconds: float) -> float:
         random = partial(torch.rand, device=self._device, dtype=self._dtype)
         compute = partial(linear, random(size.tokens, size.inputs), random(size.outputs, size.inputs))
+        seconds_taken = partial(seconds_of, self._device, compute)
         with torch.no_grad():
-            self._timed(compute, 1)  # not counted: the first call sets up what the others use
-            times = max(1, int(_SECONDS_BETWEEN_LOOKS / self._timed(compute, 1)))
+            seconds_taken()  # not counted: the first call sets up what the others use
+            times = max(1, int(_SECONDS_BETWEEN_LOOKS / seconds_taken()))
             done, passed = 0, 0.0
             while passed < seconds:
-                passed += self._timed(compute, times)
+                passed += seconds_taken(times)
                 done += times
         return 2 * math.prod(size) * done / passed
-
-    def _timed(self, compute: Callable[[], torch.Tensor], times: int) -> float:
-        wait_for(self._device)
-        started = time.perf_counter()
-        for _ in range(times):
-            compute()
-        wait_for(self._device)
-        return time.perf_counter() - started

@@ -14,7 +14,7 @@ from rich.progress import track
 
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.intra.lightning_model import InTra
-from anomalib_intra.yardsticks import scores_and_psnr
+from anomalib_intra.metrics import PaperEvaluator
 
 #: Arguments of :class:`InTra` and :class:`InTraPostProcessor`, each set measured alone.
 OPTIONS: tuple[dict[str, Any], ...] = (
@@ -61,7 +61,7 @@ def map_options(
             checkpoint,
             **{name: value for name, value in chosen.items() if name in _OF_THE_MODEL},
             post_processor=InTraPostProcessor(**of_the_map),
-            evaluator=scores_and_psnr(),
+            evaluator=PaperEvaluator(decisions=False, psnr_prefix=""),
             visualizer=False,
         )
         reconstructions = known.setdefault(model.window_shift, {})

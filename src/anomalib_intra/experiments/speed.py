@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
-from anomalib_intra.benchmark.machine import device_name, forget_peak_memory, peak_memory_mib, wait_for
+from anomalib_intra.benchmark.machine import device_name, forget_peak_memory, peak_memory_mib, seconds_of, wait_for
 from anomalib_intra.data.samples import Prepared, SampleLoader
 from anomalib_intra.experiments.ceiling import Ceiling
 from anomalib_intra.intra.lightning_model import InTra
@@ -86,6 +86,7 @@ def _measurements(
     training_steps: int,
     device: torch.device,
 ) -> Iterator[dict[str, Any]]:
+    seconds = partial(seconds_of, device)
     rates: dict[str, float] = {}
     for precision, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)):
         intra = _intra(arguments, image_sizes[0], device)
@@ -100,14 +101,14 @@ def _measurements(
         autocast = partial(torch.autocast, device.type, torch.bfloat16) if precision == "bf16" else nullcontext
         # (in inference mode, the loop would cast all weights for every window)
         with torch.no_grad(), autocast():
-            loop = measure("window by window", _WINDOWS_OF_THE_LOOP, partial(_seconds, device, _loop, intra.model))
+            loop = measure("window by window", _WINDOWS_OF_THE_LOOP, partial(seconds, partial(_loop, intra.model)))
             yield loop
             for size in image_sizes:
                 model = _intra(arguments, size, device).model
                 for batch_size in batch_sizes:
                     images = torch.rand(batch_size, 3, size, size, device=device)
                     windows = batch_size * model.grid[0] * model.grid[1]
-                    row = measure("reconstruct", windows, partial(_seconds, device, model.reconstruct, images))
+                    row = measure("reconstruct", windows, partial(seconds, partial(model.reconstruct, images)))
                     yield {
                         **row,
                         "image_size": size,
@@ -118,11 +119,11 @@ def _measurements(
         windows = training_steps * intra.window_batch_size
         train = partial(time_training, intra, training_steps, device, autocast)
         # Backwards takes twice the work of forwards.
-        for what, seconds_of in (
+        for what, timed in (
             ("training step", train),
             ("training step, windows sampled before", partial(train, sampled_before=True)),
         ):
-            yield {**measure(what, windows, seconds_of, work=3), "image_size": image_sizes[0]}
+            yield {**measure(what, windows, timed, work=3), "image_size": image_sizes[0]}
 
 
 def _measure(
@@ -132,12 +133,12 @@ def _measure(
     ceiling: Ceiling,
     what: str,
     windows: int,
-    seconds_of: Callable[[], float],
+    timed: Callable[[], float],
     work: int = 1,
 ) -> dict[str, Any]:
     if device.type != "cpu":  # the first loads what the device needs
-        seconds_of()
-    seconds, ceiling_beside, peak = _in_turns(device, seconds_of, ceiling)
+        timed()
+    seconds, ceiling_beside, peak = _in_turns(device, timed, ceiling)
     rate = windows * work * flops / seconds
     return {
         "what": what,
@@ -150,16 +151,14 @@ def _measure(
     }
 
 
-def _in_turns(
-    device: torch.device, seconds_of: Callable[[], float], ceiling: Ceiling
-) -> tuple[float, float, float | None]:
+def _in_turns(device: torch.device, timed: Callable[[], float], ceiling: Ceiling) -> tuple[float, float, float | None]:
     """Measure in turns with the ceiling: mean seconds, mean rate of the ceiling beside them, and peak memory."""
     rates = [ceiling.rate(_SECONDS_OF_THE_CEILING)]
     measured: list[float] = []
     peaks: list[float | None] = []
     while len(measured) < _TURNS and sum(measured) < _SECONDS_OF_A_MEASUREMENT:
         forget_peak_memory(device)
-        measured.append(seconds_of())
+        measured.append(timed())
         peaks.append(peak_memory_mib(device))
         rates.append(ceiling.rate(max(_SECONDS_OF_THE_CEILING, _SHARE_OF_THE_CEILING * measured[-1])))
     return mean(measured), mean(rates), max((peak for peak in peaks if peak is not None), default=None)
@@ -238,14 +237,6 @@ def time_training(
     seconds = time.perf_counter() - started
     intra.eval()
     return seconds
-
-
-def _seconds(device: torch.device, work: Callable[..., Any], *arguments: Any) -> float:
-    wait_for(device)
-    started = time.perf_counter()
-    work(*arguments)
-    wait_for(device)
-    return time.perf_counter() - started
 
 
 def _short(value: Any) -> str:

@@ -24,7 +24,7 @@ from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.training.internals import parser_of
 
 
-class Fit(AnomalibCLI):
+class TrainCommand(AnomalibCLI):
     """The arguments of ``anomalib train``, with the model and the datamodule that they ask for.
 
     Args:
@@ -39,8 +39,8 @@ class Fit(AnomalibCLI):
         ValueError: If they cannot be used: there is no InTra, no data, or no such argument.
 
     Example:
-        >>> fit = Fit(["--model", "InTra", "--model.depth", "1", "--data", "anomalib_intra.MVTec"])
-        >>> fit.settings["model"]["class_path"]
+        >>> command = TrainCommand(["--model", "InTra", "--model.depth", "1", "--data", "anomalib_intra.MVTec"])
+        >>> command.settings["model"]["class_path"]
         'anomalib_intra.InTra'
     """
 

@@ -10,8 +10,10 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
-from pandas import DataFrame, Series
+import torch
+from pandas import DataFrame, Series, concat
 from PIL import Image
+from torchmetrics.functional.classification import binary_auroc
 
 
 @dataclass(frozen=True)
@@ -194,8 +196,8 @@ def auroc(anomalous: Series, normal: Series) -> float:
     """Tell how often an anomalous image has a higher score than a normal one; equal scores count half.
 
     Args:
-        anomalous (Series): Scores of anomalous images.
-        normal (Series): Scores of normal images.
+        anomalous (Series): Scores of anomalous images, of any range; those that are NaN do not count.
+        normal (Series): Scores of normal images, alike.
 
     Returns:
         float: The AUROC in [0, 1], NaN where one of both is empty.
@@ -204,7 +206,9 @@ def auroc(anomalous: Series, normal: Series) -> float:
         >>> auroc(Series([0.9, 0.4]), Series([0.1, 0.5]))
         0.75
     """
-    if not len(anomalous) or not len(normal):
-        return math.nan
-    ranks = Series([*anomalous, *normal]).rank()[: len(anomalous)]
-    return float((ranks.mean() - (len(anomalous) + 1) / 2) / len(normal))
+    scores = concat({1: anomalous, 0: normal}, names=["label"]).dropna()
+    labels = scores.index.get_level_values("label")
+    if labels.nunique() < 2:
+        return math.nan  # torchmetrics says 0
+    # By their ranks in (0, 1]: torchmetrics puts other scores through a sigmoid, which ties large ones.
+    return float(binary_auroc(torch.tensor(scores.rank(pct=True).to_numpy()), torch.tensor(labels.to_numpy())))

@@ -3,15 +3,15 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pandas import DataFrame
 
+from anomalib_intra.benchmark.machine import versions
 from anomalib_intra.benchmark.published import published
-from anomalib_intra.benchmark.report import markdown
+from anomalib_intra.benchmark.tables import markdown
 from anomalib_intra.report.plots import training_curves
 
 _COLUMNS = {
@@ -45,9 +45,9 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 
 - {result["parameters"] / 1e6:.2f} million parameters, seed {result["settings"]["seed_everything"]}, precision \
 {result["settings"]["trainer"].get("precision") or "32-true"}.
-- {_time(result["slices"])}
+- {_time(result["sessions"])}
 - Weights of epoch {_best(losses)}, the one with the lowest validation loss. No test image was seen before the test.
-- With anomalib {version("anomalib")}, anomalib-intra {version("anomalib-intra")}, torch {version("torch")}.
+- With {versions()}.
 
 ![Training and validation loss](losses.png)
 
@@ -85,10 +85,10 @@ def _extent(result: dict[str, Any]) -> str:
     return f"Trained for {trained}; **not until the validation loss had stopped improving**: more may do better."
 
 
-def _time(slices: Sequence[dict[str, Any]]) -> str:
-    total = timedelta(seconds=round(sum(one["seconds"] for one in slices)))
-    devices = " and ".join(dict.fromkeys(one["device"] for one in slices))
-    return f"Training and validation took {total} in {len(slices)} slice{'s' * (len(slices) > 1)} on {devices}."
+def _time(sessions: Sequence[dict[str, Any]]) -> str:
+    total = timedelta(seconds=round(sum(one["seconds"] for one in sessions)))
+    devices = " and ".join(dict.fromkeys(one["device"] for one in sessions))
+    return f"Training and validation took {total} in {len(sessions)} session{'s' * (len(sessions) > 1)} on {devices}."
 
 
 def _best(losses: Sequence[dict[str, float]]) -> int:

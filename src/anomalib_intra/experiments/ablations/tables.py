@@ -2,15 +2,14 @@
 """Ablation studies in the layout of the paper's Tables 3 to 6."""
 
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
 from pandas import DataFrame, concat
 
 from anomalib_intra.benchmark.job import BenchmarkRun
-from anomalib_intra.benchmark.report import markdown
-from anomalib_intra.benchmark.table import by_category
-from anomalib_intra.experiments.ablations.published import STUDIES
+from anomalib_intra.benchmark.machine import versions
+from anomalib_intra.benchmark.published import STUDIES
+from anomalib_intra.benchmark.tables import by_category, markdown
 
 _TASKS = {"Det.": "image_AUROC", "Seg.": "pixel_AUROC"}
 _HEADING = (
@@ -25,9 +24,8 @@ def study_table(rows: DataFrame, study: str) -> DataFrame:
 
     Args:
         rows (DataFrame): Rows of runs that ended well, with ``model``, ``category``, ``seed`` and AUROC in 0 .. 1.
-        study (str): Its name. Those of
-            :data:`~anomalib_intra.experiments.ablations.published.STUDIES` get the paper's headings
-            and figures, others the names of their models.
+        study (str): Its name. Those of :data:`~anomalib_intra.benchmark.published.STUDIES` get the paper's headings and
+            figures, others the names of their models.
 
     Returns:
         DataFrame: Percentages; a row for each category; columns ``Det. ...``, ``Seg. ...``, then those of the paper.
@@ -75,12 +73,11 @@ def write_ablations(studies: Mapping[str, Sequence[BenchmarkRun]], output: Path)
 
 
 def _circumstances(rows: DataFrame) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
     done = rows[rows["error"] == ""] if len(rows) else rows
     if not len(done):
-        return f"With {versions}."
+        return f"With {versions()}."
     seeds, epochs, devices = (", ".join(map(str, sorted(set(done[name])))) for name in ("seed", "epochs", "device"))
-    return f"Seeds: {seeds}. Epochs of training: {epochs}; the paper's: 200. Measured on: {devices}. With {versions}."
+    return f"Seeds: {seeds}. Epochs of training: {epochs}; the paper's: 200. Measured on: {devices}. With {versions()}."
 
 
 def _section(name: str, runs: Sequence[BenchmarkRun], rows: DataFrame) -> str:

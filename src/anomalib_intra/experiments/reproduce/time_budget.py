@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A long training in slices: how long it has taken so far, and when a slice is over."""
+"""A long training in several sessions: how long it has taken so far, and when the time of a session is up."""
 
 import json
 import signal
@@ -13,37 +13,44 @@ from anomalib_intra.benchmark.machine import device_name
 from anomalib_intra.training.atomic_file import write_atomically
 
 
-def read_slices(path: Path) -> list[dict[str, Any]]:
-    """Read what :class:`Slice` has written.
+def read_sessions(path: Path) -> list[dict[str, Any]]:
+    """Read what :class:`TimeBudget` has written.
 
     Args:
         path (Path): JSON file; it need not exist.
 
     Returns:
-        list[dict]: A row for each slice: ``device``, ``seconds``, ``epochs`` (all that were done at its end).
+        list[dict]: A row for each session: ``device``, ``seconds``, ``epochs`` (all that were done at its end).
 
     Example:
-        >>> read_slices(Path("there/is/none.json"))
+        >>> read_sessions(Path("there/is/none.json"))
         []
     """
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 
-class Slice(Callback):
-    """Writes down how long a slice of a training takes, and stops it when its time is up.
+class TimeBudget(Callback):
+    """Writes down how long a session of a training takes, and stops it when its time is up.
 
     It stops as Ctrl-C does: the step is ended and ``last.ckpt`` saved.
 
     Args:
-        path (Path): JSON file with the slices so far; one more is added.
-        ends (float | None): When the slice ends, on the clock of :func:`time.monotonic`; never by default.
+        path (Path): JSON file with the sessions so far; one more is added.
+        ends (float | None): When the time is up, on the clock of :func:`time.monotonic`; never by default.
+
+    Attributes:
+        is_used_up (bool): Whether it has stopped the training.
+
+    Example:
+        >>> TimeBudget(Path("sessions.json"), ends=time.monotonic() + 60).is_used_up
+        False
     """
 
     def __init__(self, path: Path, ends: float | None = None) -> None:
         self.path = path
         self.ends = ends
-        self.is_over = False
-        self._before = read_slices(path)
+        self.is_used_up = False
+        self._before = read_sessions(path)
         self._epochs = self._before[-1]["epochs"] if self._before else 0
         self._started = 0.0
 
@@ -55,8 +62,8 @@ class Slice(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Stop when the time is up."""
         del trainer, pl_module, args, kwargs
-        if not self.is_over and self.ends is not None and time.monotonic() > self.ends:
-            self.is_over = True
+        if not self.is_used_up and self.ends is not None and time.monotonic() > self.ends:
+            self.is_used_up = True
             signal.raise_signal(signal.SIGINT)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +72,7 @@ class Slice(Callback):
         self._write(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Write down the time of a slice that was stopped."""
+        """Write down the time of a session that was stopped."""
         del exception
         if self._started:
             self._write(trainer, pl_module)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measured and published figures side by side, category by category."""
+"""Measured and published figures side by side, category by category, and tables in Markdown."""
+
+from collections.abc import Sequence
 
 from pandas import DataFrame, concat
 
@@ -81,3 +83,27 @@ def published_means(metric: str) -> DataFrame:
     """
     row = published(metric).loc[["all"]].rename(index={"all": "printed mean of all 15"})
     return row.assign(**{"InTra, camera-ready": CAMERA_READY_MEANS[metric]})
+
+
+def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
+    """Write a table of numbers in Markdown.
+
+    Args:
+        table (DataFrame): Numbers, NaN where there is none.
+        digits (int | Sequence[int]): Digits after the point, of all columns or of each.
+
+    Returns:
+        str: The table.
+
+    Example:
+        >>> print(markdown(DataFrame({"a": [1.25, float("nan")]}, index=["x", "y"]), digits=1))
+        |    |   a |
+        |:---|----:|
+        | x  | 1.2 |
+        | y  |   - |
+    """
+    each = [digits] * len(table.columns) if isinstance(digits, int) else digits
+    texts = table.astype(object)
+    for column, number in zip(table.columns, each, strict=True):
+        texts[column] = ["-" if value != value else f"{value:.{number}f}" for value in table[column]]
+    return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])

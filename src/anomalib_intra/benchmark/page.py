@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's results as a table (CSV), a page (Markdown) and a bar chart (PNG)."""
+"""The page of a benchmark (Markdown), with its rows (CSV) and a bar chart (PNG) beside it."""
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
 from anomalib_intra.benchmark.evaluation import METRICS
-from anomalib_intra.benchmark.table import comparison, published_means
+from anomalib_intra.benchmark.machine import versions
+from anomalib_intra.benchmark.tables import comparison, markdown, published_means
 
 _TITLES = {
     "image_AUROC": "Detection: image AUROC in %, the paper's Table 1 beside it",
@@ -35,7 +35,7 @@ _COST_HEADING = (
 )
 
 
-def write_report(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
+def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
     """Write ``benchmark.csv``, ``benchmark.png`` and ``benchmark.md``.
 
     Args:
@@ -109,13 +109,12 @@ def _heading(rows: DataFrame, config: dict[str, Any]) -> str:
         reduced = f"{sizes[0]} x {sizes[1]} pixels"
     seen = rows.drop_duplicates("model").set_index("model")["pretrained"]
     used = ", ".join(sorted(set(rows.get("device", Series(dtype=str)).dropna()))) or "nothing yet"
-    versions = ", ".join(f"{name} {version(name)}" for name in ("anomalib", "anomalib-intra", "torch"))
     return (
         "# Benchmark\n\n"
         "Written by `anomalib-intra benchmark --config CONFIG`, with the config at the end of this page. "
         f"Every model saw the same training, held-out and test images, reduced to {reduced}, and "
         "was scored at that size on raw scores: normalization, which clamps scores and so moves AUROC, is off for all. "
-        f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions}.\n\n"
+        f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions()}.\n\n"
         + DataFrame({"beside the training images, the model saw": seen}).to_markdown()
     )
 
@@ -131,27 +130,3 @@ def _costs(rows: DataFrame) -> DataFrame:
     costs = rows.groupby("model", sort=False)[list(_COSTS)].mean()
     costs["parameters"] /= 1e6
     return costs.rename(columns=_COSTS)
-
-
-def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
-    """Write a table of numbers in Markdown.
-
-    Args:
-        table (DataFrame): Numbers, NaN where there is none.
-        digits (int | Sequence[int]): Digits after the point, of all columns or of each.
-
-    Returns:
-        str: The table.
-
-    Example:
-        >>> print(markdown(DataFrame({"a": [1.25, float("nan")]}, index=["x", "y"]), digits=1))
-        |    |   a |
-        |:---|----:|
-        | x  | 1.2 |
-        | y  |   - |
-    """
-    each = [digits] * len(table.columns) if isinstance(digits, int) else digits
-    texts = table.astype(object)
-    for column, number in zip(table.columns, each, strict=True):
-        texts[column] = ["-" if value != value else f"{value:.{number}f}" for value in table[column]]
-    return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])
