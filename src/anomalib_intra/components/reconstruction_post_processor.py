@@ -139,10 +139,11 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 "and this checkpoint; that computes the mean from the training images."
             )
             raise RuntimeError(msg)
-        if differences.shape[-2:] != self.training_mean.shape[-2:]:
+        size, trained = (tuple(x.shape[-2:]) for x in (differences, self.training_mean))
+        if size != trained:
             msg = (
-                f"Images of {differences.shape[-2]} x {differences.shape[-1]} pixels cannot be compared with a "
-                f"training mean of {self.training_mean.shape[-2]} x {self.training_mean.shape[-1]}: resize the images to that."
+                f"Images of {size[0]} x {size[1]} pixels cannot be compared with a training mean of {trained[0]} x "
+                f"{trained[1]}: resize the images to that."
             )
             raise ValueError(msg)
         return anomaly_map(differences, self.training_mean, self.training_std, self.deviation)
