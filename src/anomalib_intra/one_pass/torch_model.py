@@ -326,10 +326,7 @@ def _check_image_size(height: int, width: int, patch_size: int, largest_radius: 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm):
+    elif isinstance(module, nn.LayerNorm | nn.Conv2d):
         module.reset_parameters()
-    elif isinstance(module, nn.Conv2d):
-        module.reset_parameters()
+    if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
         nn.init.zeros_(module.bias)
