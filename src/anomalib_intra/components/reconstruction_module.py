@@ -233,7 +233,9 @@ class ReconstructionModule(TrainedModule):
         scored = self.post_processor(compared)
         if not self._exports_reconstruction:
             return scored
-        return InferenceWithReconstruction(*scored, image=compared.image, reconstruction=compared.reconstruction)
+        return InferenceWithReconstruction(
+            **scored._asdict(), image=compared.image, reconstruction=compared.reconstruction
+        )
 
     def to_onnx(
         self,
