@@ -7,6 +7,7 @@ from anomalib_intra.components.visualizer import InTraVisualizer
 from anomalib_intra.data import MVTec, TextureDemo
 from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.intra.torch_model import InpaintingTransformer
+from anomalib_intra.one_pass import OnePassInTra, OnePassTransformer
 from anomalib_intra.patch_svdd import PatchSVDD
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "InTraVisualizer",
     "InpaintingTransformer",
     "MVTec",
+    "OnePassInTra",
+    "OnePassTransformer",
     "PatchSVDD",
     "TextureDemo",
     "UnsaturatedPostProcessor",

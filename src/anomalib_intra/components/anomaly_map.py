@@ -5,12 +5,12 @@ from typing import Literal, TypeAlias
 
 import torch
 from kornia.filters import box_blur, gaussian_blur2d
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, softplus
 
 from anomalib_intra.components.similarity import colour_difference, gms_difference
 
 #: How a difference map is compared with those of the training images: see :func:`anomaly_map`.
-Deviation: TypeAlias = Literal["squared", "positive", "scaled"]
+Deviation: TypeAlias = Literal["squared", "positive", "scaled", "half"]
 
 #: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
 _KERNELS_AT_512 = (21, 11)
@@ -59,15 +59,19 @@ def anomaly_map(
         mean (torch.Tensor): Mean of the training images' difference maps, shape ``(1, 1, H, W)``.
         std (torch.Tensor): Their standard deviation, of the same shape; only ``"scaled"`` asks for it.
         deviation (str): ``"squared"`` is eq. 17; ``"positive"`` counts only what differs more than in the training
-            images; ``"scaled"`` divides by the standard deviation, drawn half way towards its mean over all pixels.
+            images; ``"scaled"`` divides by the standard deviation, drawn half way towards its mean over all pixels;
+            ``"half"`` is for maps of logits, which may be negative: it takes off half the mean and makes the rest
+            positive by a softplus.
 
     Returns:
-        torch.Tensor: Anomaly maps, shape ``(B, 1, H, W)``; in [0, 1] but for ``"scaled"``.
+        torch.Tensor: Anomaly maps, shape ``(B, 1, H, W)``; in [0, 1] but for ``"scaled"`` and ``"half"``.
 
     Example:
         >>> anomaly_map(torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).unique()
         tensor([0.2500])
     """
+    if deviation == "half":
+        return softplus(differences - mean / 2)
     difference = differences - mean
     if deviation == "positive":
         difference = difference.clamp(min=0)

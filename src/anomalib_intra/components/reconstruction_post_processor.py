@@ -42,7 +42,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             eq. 16, which does not see a colour that changes evenly. 0 is the paper's map.
         deviation (str): ``"squared"`` deviation from the training mean (eq. 17); ``"positive"`` counts only what
             differs more than in the training images; ``"scaled"`` divides it by the standard deviation over the
-            training images, drawn half way towards its mean over all pixels.
+            training images, drawn half way towards its mean over all pixels; ``"half"`` is for models whose difference
+            maps are logits.
 
     Raises:
         ValueError: If ``colour_weight`` or ``deviation`` has no such value.

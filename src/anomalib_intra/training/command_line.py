@@ -10,13 +10,16 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback, instantiate_class
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from anomalib_intra.training.internals import trainer_of
 
 logger = logging.getLogger(__name__)
 
 
-def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRScheduler:
+def as_commanded(
+    module: LightningModule, default: Optimizer, schedule: LRScheduler | None = None
+) -> OptimizerLRScheduler:
     """Heed ``--optimizer`` and ``--lr_scheduler``.
 
     anomalib takes these arguments for ``train`` and drops them without a word; for ``fit`` it heeds them in a way that
@@ -25,6 +28,7 @@ def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRSche
     Args:
         module (LightningModule): Model that is about to be trained.
         default (Optimizer): Its own optimizer.
+        schedule (LRScheduler | None): Its own schedule, by steps, where the command line names neither.
 
     Returns:
         OptimizerLRScheduler: What ``configure_optimizers`` may return: the optimizer named, or the model's own, and the
@@ -41,6 +45,8 @@ def as_commanded(module: LightningModule, default: Optimizer) -> OptimizerLRSche
     if chosen.get("optimizer"):
         optimizer = instantiate_class(module.parameters(), chosen["optimizer"])
         logger.info("Optimizer of the command line: %s", type(optimizer).__name__)
+    if schedule is not None and not chosen.get("optimizer") and not chosen.get("lr_scheduler"):
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
     scheduler = instantiate_class(optimizer, chosen["lr_scheduler"]) if chosen.get("lr_scheduler") else None
     configured: OptimizerLRScheduler = LightningCLI.configure_optimizers(module, optimizer, scheduler)
     return configured

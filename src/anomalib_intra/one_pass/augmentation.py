@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What normal images may differ in: light, and with parts that lie anyhow, the angle."""
+
+import math
+
+import torch
+from kornia.geometry.transform import rotate
+
+_GAIN, _OFFSET = 0.1, 0.02
+
+
+def vary_light(images: torch.Tensor) -> torch.Tensor:
+    """Let the light drift, as it does from shift to shift: each image gets a gain and an offset of its own.
+
+    Args:
+        images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+
+    Returns:
+        torch.Tensor: Images in [0, 1], of the same shape.
+
+    Example:
+        >>> vary_light(torch.full((2, 3, 8, 8), 0.5)).std(dim=(1, 2, 3)) < 1e-6
+        tensor([True, True])
+    """
+    gain, offset = (torch.randn(len(images), 1, 1, 1).clamp(-2, 2).to(images) for _ in range(2))
+    return (images * (_GAIN * gain).exp() + _OFFSET * offset).clamp(0, 1)
+
+
+def turn(images: torch.Tensor) -> torch.Tensor:
+    """Turn images by any angle around their middle; what comes in at the corners is mirrored.
+
+    Args:
+        images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+
+    Returns:
+        torch.Tensor: Images in [0, 1], of the same shape.
+
+    Example:
+        >>> turn(torch.full((2, 3, 8, 8), 0.5)).unique()
+        tensor([0.5000])
+    """
+    angles = 360 * torch.rand(len(images)).to(images)
+    return rotate(images, angles, padding_mode="reflection", align_corners=False).clamp(0, 1)
+
+
+def one_cycle(progress: float, warmup: float = 0.01) -> float:
+    """The learning rate of a training as a share of its peak: up in a straight line, then down as a cosine.
+
+    Args:
+        progress (float): Share of the training that is done, in [0, 1].
+        warmup (float): Share of it in which the learning rate rises.
+
+    Returns:
+        float: Share of the peak, in (0, 1].
+
+    Example:
+        >>> [round(one_cycle(progress), 3) for progress in (0.005, 0.01, 0.505, 1.0)]
+        [0.5, 1.0, 0.505, 0.01]
+    """
+    if progress < warmup:
+        return max(progress / warmup, 0.01)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one-pass model as an anomalib model: spoiled images go in, clean ones are asked for."""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
+from einops import rearrange, reduce
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from rich.progress import track
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+
+from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.reconstruction import Comparison
+from anomalib_intra.components.reconstruction_module import ReconstructionModule
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.components.trained_module import Sampling
+from anomalib_intra.data.images import ImageSamples, cut_images, sample_images
+from anomalib_intra.data.samples import as_fractions
+from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
+from anomalib_intra.one_pass.loss import PaintingLoss
+from anomalib_intra.one_pass.spoiling import spoil
+from anomalib_intra.one_pass.torch_model import OnePassTransformer
+from anomalib_intra.training.command_line import as_commanded
+from anomalib_intra.training.internals import trainer_of
+
+#: Weight of eq. 16 beside the learned comparison, whose values are logits.
+_GMS_WEIGHT = 5.0
+#: Shares of the training images that are spoiled, and that are seen in another light.
+_SPOILED, _IN_ANOTHER_LIGHT = 0.6, 0.7
+#: A pixel counts as spoiled if it changed by more than this, and a patch if more than this share of its pixels did.
+_CHANGED, _SPOILED_PATCH = 0.04, 0.1
+
+
+class OnePassInTra(ReconstructionModule):
+    """All patches of an image painted in one pass, none seeing itself; small enough to be trained on a CPU.
+
+    As in InTra, a transformer paints each patch of an image from the patches around it. There, every patch is painted
+    from a window of its own; here all are painted at once, and so in a hundredth of the time. A hole around each patch
+    is hidden from it: the patch alone, or also the patches up to ``radius`` away. Training images are spoiled, and the
+    clean image is asked for, so that the model does not go on with a defect that it sees beside a hole. A head learns
+    to tell spoiled patches from the others by what was expected in their place.
+
+    Args:
+        image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``.
+        patch_size (int): Side length K of a patch in pixels.
+        embed_dim (int): Latent dimension D.
+        depth (int): Number n of transformer blocks.
+        num_heads (int): Number h of attention heads.
+        radii (Sequence[int]): Radii of the holes in patches, each in 0 .. 4. A radius is drawn for each training step;
+            the difference maps of all are averaged.
+        alpha (float): Weight of the gradient magnitude term of the loss (eq. 12).
+        beta (float): Weight of the structural similarity term of the loss (eq. 12).
+        learning_rate (float): Highest learning rate of AdamW.
+        images_per_step (int): Images in a training step. Few images and many steps learn most in a given time.
+        minutes (float | None): Time to train for; learning rate and end follow it. None trains for the trainer's
+            epochs or steps, which makes a run repeatable.
+        augment (bool): Flip and turn images by right angles. Only where a flipped part is a good one.
+        rotate (bool): Turn images by any angle, for parts that lie anyhow.
+        pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
+        post_processor (PostProcessor | bool): True or an :class:`InTraPostProcessor`.
+        evaluator (Evaluator | bool): True gives anomalib's default metrics.
+        visualizer (Visualizer | bool): True gives :class:`InTraVisualizer`.
+
+    Raises:
+        ValueError: If sizes or options do not fit together.
+        TypeError: If the post-processor is of another kind.
+
+    Example:
+        >>> model = OnePassInTra(image_size=(64, 64), embed_dim=32, depth=2, num_heads=4)
+        >>> model.model(torch.rand(1, 3, 64, 64)).painted.shape
+        torch.Size([1, 3, 3, 64, 64])
+    """
+
+    model: OnePassTransformer
+    samples_name = "images"
+    architecture = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "radii")
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (256, 256),
+        patch_size: int = 8,
+        embed_dim: int = 128,
+        depth: int = 4,
+        num_heads: int = 4,
+        radii: Sequence[int] = (0, 1, 2),
+        alpha: float = 0.01,
+        beta: float = 0.01,
+        learning_rate: float = 2e-3,
+        images_per_step: int = 1,
+        minutes: float | None = 30.0,
+        augment: bool = False,
+        rotate: bool = False,
+        pre_processor: PreProcessor | bool = True,
+        post_processor: PostProcessor | bool = True,
+        evaluator: Evaluator | bool = True,
+        visualizer: Visualizer | bool = True,
+    ) -> None:
+        super().__init__(
+            (image_size[0], image_size[1]),
+            pre_processor,
+            post_processor=post_processor,
+            evaluator=evaluator,
+            visualizer=visualizer,
+        )
+        if minutes is not None and minutes <= 0:
+            msg = f"minutes must be more than 0, got {minutes}; None trains for the trainer's epochs."
+            raise ValueError(msg)
+        self.learning_rate = learning_rate
+        self.images_per_step = images_per_step
+        self.minutes = minutes
+        self.augment = augment
+        self.rotate = rotate
+        self.model = OnePassTransformer(self.image_size, patch_size, embed_dim, depth, num_heads, radii=tuple(radii))
+        self.loss = PaintingLoss(alpha, beta)
+        self._seconds = 0.0
+        self._step_started = 0.0
+
+    # ---- components --------------------------------------------------------------------------------------------------
+
+    def configure_post_processor(self) -> PostProcessor:
+        """Difference maps here are logits, of which half the training mean is taken off.
+
+        Returns:
+            PostProcessor: An :class:`InTraPostProcessor`.
+        """
+        return InTraPostProcessor(deviation="half")
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with one cycle of the learning rate, unless the command line names others.
+
+        Returns:
+            OptimizerLRScheduler: The optimizer and its schedule.
+        """
+        head = list(self.model.comparison.parameters())
+        painter = [weight for name, weight in self.model.named_parameters() if not name.startswith("comparison.")]
+        groups: list[dict[str, Any]] = [{"params": painter}, {"params": head, "lr": self.learning_rate / 2}]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        return as_commanded(self, optimizer, LambdaLR(optimizer, lambda _: one_cycle(self.progress)))
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients of painter and head to a norm of 1 each, unless the trainer clips in its own way."""
+        if gradient_clip_val is not None:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for group in optimizer.param_groups:
+            clip_grad_norm_(group["params"], 1.0)
+
+    def reset_parameters(self) -> None:
+        """Initialise the weights anew."""
+        self.model.reset_parameters()
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    @property
+    def sampling(self) -> Sampling:
+        """Whole images."""
+        return Sampling(partial(sample_images, augment=self.augment), 1, self.images_per_step)
+
+    @property
+    def progress(self) -> float:
+        """Share of the training that is done, in [0, 1]: of the minutes or of the steps, whichever is more."""
+        shares = [0.0]
+        if self.minutes is not None:
+            shares.append(self._seconds / (60 * self.minutes))
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.max_steps > 0:
+            shares.append(trainer.global_step / trainer.max_steps)
+        if trainer is not None and self._loader is not None and (epochs := trainer.max_epochs or -1) > 0:
+            shares.append(trainer.global_step / (epochs * len(self._loader)))
+        return min(1.0, max(shares))
+
+    def on_fit_start(self) -> None:
+        """Compute mean and standard deviation of each channel, by which images are normalised."""
+        super().on_fit_start()
+        if not self.trainer.ckpt_path:
+            self._seconds = 0.0
+        assert self._images is not None
+        total, count = torch.zeros(2, 3, device=self.device), 0
+        for batch in track(self._images.statistics, "Mean and standard deviation of the colours"):
+            images = self.prepare(batch).images
+            total += torch.stack([images.mean(dim=(2, 3)).sum(dim=0), images.square().mean(dim=(2, 3)).sum(dim=0)])
+            count += len(images)
+        mean, mean_square = self.mean_of_all(total, count)
+        self.model.set_channel_statistics(mean, (mean_square - mean**2).clamp(min=0).sqrt())
+
+    def on_train_batch_start(self, batch: ImageSamples, batch_idx: int) -> None:
+        """Start the clock of the step."""
+        del batch, batch_idx
+        self._step_started = time.monotonic()
+
+    def training_step(self, batch: ImageSamples, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Paint spoiled images with holes of a random radius, and compare them with the clean ones.
+
+        Args:
+            batch (ImageSamples): Images of a step.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+        """
+        del args, kwargs
+        loss = self.loss_of(batch)
+        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
+        return loss
+
+    def loss_of(self, batch: ImageSamples) -> torch.Tensor:
+        """Paint spoiled images and compare them with the clean ones.
+
+        Args:
+            batch (ImageSamples): Images of a step.
+
+        Returns:
+            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which patches were spoiled.
+        """
+        images = cut_images(batch)
+        others = torch.randint(len(batch.image), (len(batch),))
+        donors = as_fractions(batch.image[others.to(batch.image.device)])
+        if self.rotate:
+            images, donors = turn(images), turn(donors)
+        if torch.rand(()) < _IN_ANOTHER_LIGHT:
+            images = vary_light(images)
+        spoiled, replaced = spoil(images, donors, _SPOILED)
+        radius = self.model.radii[int(torch.randint(len(self.model.radii), ()))]
+
+        _, painted, suspicion = self.model.paint(spoiled, (radius,))
+        return self.loss(images, painted[:, 0]) + self._cross_entropy(suspicion[:, 0], images, spoiled, replaced)
+
+    def _cross_entropy(
+        self, suspicion: torch.Tensor, images: torch.Tensor, spoiled: torch.Tensor, replaced: torch.Tensor
+    ) -> torch.Tensor:
+        changed = ((spoiled - images).abs().amax(dim=1, keepdim=True) > _CHANGED) * replaced
+        share = rearrange(avg_pool2d(changed, self.model.patch_size), "b 1 n m -> b n m")
+        is_spoiled = share > _SPOILED_PATCH
+        # Of a patch that changed a little, either answer is right.
+        matters = is_spoiled | (share == 0)
+        loss = binary_cross_entropy_with_logits(suspicion.float(), is_spoiled.float(), reduction="none")
+        return (loss * matters).mean()
+
+    def on_train_batch_end(self, outputs: Any, batch: ImageSamples, batch_idx: int) -> None:
+        """Stop the clock of the step, and the training when its time is up."""
+        del outputs, batch, batch_idx
+        self._seconds += time.monotonic() - self._step_started
+        if self.minutes is not None and self._seconds >= 60 * self.minutes:
+            self.trainer.should_stop = True
+
+    def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+        """Compare normal images with the mean of what was painted with all radii.
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
+
+        Returns:
+            torch.Tensor: The loss, a scalar.
+        """
+        loss: torch.Tensor = self.loss(images, reconstructions)
+        return loss
+
+    # ---- comparison --------------------------------------------------------------------------------------------------
+
+    def compare(self, images: torch.Tensor) -> Comparison:
+        """Paint images with all radii, and compare: by the head and by eq. 16.
+
+        Args:
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
+
+        Returns:
+            Comparison: Images, the means of what was painted, and difference maps, whose values are logits.
+        """
+        image, painted, suspicion = self.model(images)
+        radii = painted.shape[1]
+        originals = image[:, None].expand_as(painted).flatten(0, 1)
+        of_each = difference_map(originals, painted.flatten(0, 1), self.post_processor.colour_weight)
+        by_gms = reduce(of_each, "(b r) 1 h w -> b 1 h w", "mean", r=radii)
+        by_head = reduce(suspicion.float(), "b r n m -> b 1 n m", "mean")
+        by_head = interpolate(by_head, size=by_gms.shape[-2:], mode="bilinear", align_corners=False)
+        return Comparison(image, painted.float().mean(dim=1), by_head + _GMS_WEIGHT * by_gms)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store how long the model has been trained."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["seconds_trained"] = self._seconds
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore how long the model has been trained."""
+        super().on_load_checkpoint(checkpoint)
+        self._seconds = checkpoint.get("seconds_trained", 0.0)
