@@ -74,10 +74,11 @@ def _filling(image: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
         farthest = max(2, round(_CLOSE_BY * min(image.shape[-2:]) / 256))
         down, right = (_integer(2, farthest) * (1 if _coin(0.5) else -1) for _ in range(2))
         return image.roll((down, right), (-2, -1))
+    colours = 1 if torch.equal(image, image[:1].expand_as(image)) else len(image)  # a grey camera sees no colours
     if kind == 4:
-        contrast, tint = (0.4 * torch.randn(())).exp(), 0.15 * torch.randn(len(image), 1, 1)
+        contrast, tint = (0.4 * torch.randn(())).exp(), 0.15 * torch.randn(colours, 1, 1)
         return (image - 0.5) * contrast + 0.5 + tint.to(image)
-    return torch.rand(len(image), 1, 1).to(image).expand_as(image)
+    return torch.rand(colours, 1, 1).to(image).expand_as(image)
 
 
 def _elsewhere(image: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the one-pass model is trained on, and what it is asked for."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
+from anomalib_intra.one_pass.loss import PaintingLoss
+from anomalib_intra.one_pass.spoiling import spoil
+
+# ---- spoiled images --------------------------------------------------------------------------------------------------
+
+
+def pair(size=(64, 64), grey=False, seed=0):
+    images, donors = torch.rand(2, 200, 1 if grey else 3, *size, generator=torch.Generator().manual_seed(seed))
+    return images.expand(-1, 3, -1, -1), donors.expand(-1, 3, -1, -1)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 80)])
+def test_only_what_is_said_to_be_replaced_changes(size):
+    torch.manual_seed(0)
+    images, donors = pair(size)
+    kept = images.clone()
+    spoiled, replaced = spoil(images, donors, share=1.0)
+    assert torch.equal(images, kept)
+    assert replaced.shape == (200, 1, *size)
+    assert (replaced >= 0).all()
+    assert (replaced <= 1).all()
+    assert (spoiled >= 0).all()
+    assert (spoiled <= 1).all()
+    unchanged = (replaced == 0).expand_as(images)
+    assert torch.equal(spoiled[unchanged], images[unchanged])
+    changed = replaced.flatten(1).any(dim=1)
+    assert changed.float().mean() > 0.8  # few shapes come out empty
+    assert (replaced > 0).float().mean() < 0.3  # most of an image stays, so that there is something to paint from
+    assert not torch.isclose(spoiled[changed], images[changed]).flatten(1).all(dim=1).any()
+
+
+def test_as_many_images_are_spoiled_as_asked_for():
+    torch.manual_seed(0)
+    images, donors = pair((32, 32))
+    assert torch.equal(spoil(images, donors, share=0.0)[0], images)
+    share = spoil(images, donors, share=0.5)[1].flatten(1).any(dim=1).float().mean()
+    assert 0.3 < share < 0.6
+
+
+def test_grey_images_stay_grey():
+    torch.manual_seed(0)
+    spoiled, _ = spoil(*pair(grey=True), share=1.0)
+    assert torch.equal(spoiled, spoiled[:, :1].expand_as(spoiled))
+    coloured, _ = spoil(*pair(), share=1.0)
+    assert not torch.equal(coloured, coloured[:, :1].expand_as(coloured))
+
+
+def test_parts_come_from_the_image_itself_and_from_the_donor():
+    torch.manual_seed(0)
+    images, donors = torch.zeros(300, 3, 32, 32), torch.full((300, 3, 32, 32), 0.5)
+    images[..., :16] = 0.25
+    spoiled, replaced = spoil(images, donors, share=1.0)
+    whole = (replaced == 1).expand_as(spoiled)
+    found = spoiled[whole].unique()
+    for value in (0.0, 0.25, 0.5):
+        assert (found == value).any(), value
+    assert len(found) > 10  # colours and other light
+
+
+# ---- light, angles, learning rate ------------------------------------------------------------------------------------
+
+
+def test_light_differs_from_image_to_image_and_within_bounds():
+    torch.manual_seed(0)
+    lit = vary_light(torch.full((500, 3, 4, 4), 0.5))
+    assert lit.std(dim=(1, 2, 3)).max() < 1e-6
+    values = lit[:, 0, 0, 0]
+    assert 0.04 < values.std() < 0.06  # 0.5 * 0.1, and an offset of 0.02
+    assert values.min() >= 0.5 * math.exp(-0.2) - 0.04
+    assert values.max() <= 0.5 * math.exp(0.2) + 0.04
+
+
+def test_turned_images_hold_the_same_values_at_other_places():
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 33), torch.linspace(-1, 1, 33), indexing="ij")
+    radius = (x**2 + y**2).sqrt()
+    symmetric = (0.5 + 0.4 * torch.cos(3 * radius)).expand(4, 3, 33, 33)
+    inside = radius < 0.9
+    assert (turn(symmetric) - symmetric)[..., inside].abs().max() < 0.02  # a turn of what looks alike from all sides
+    slope = ((x + 1) / 2).expand(4, 3, 33, 33)
+    assert (turn(slope) - slope).abs().amax(dim=(1, 2, 3)).min() > 0.05
+
+
+def test_one_cycle_rises_once_and_falls_once():
+    rates = [one_cycle(step / 1000) for step in range(1001)]
+    peak = int(np.argmax(rates))
+    assert rates[peak] == pytest.approx(1.0)
+    assert peak == 10
+    assert all(a <= b for a, b in pairwise(rates[: peak + 1]))
+    assert all(a >= b for a, b in pairwise(rates[peak:]))
+    assert min(rates) >= 0.01 - 1e-12
+
+
+# ---- the loss, against plain loops -----------------------------------------------------------------------------------
+
+
+def halved(image):
+    return sum(image[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+
+
+def gradient(channel):
+    height, width = channel.shape
+    result = np.zeros_like(channel)
+    for y in range(height):
+        for x in range(width):
+
+            def at(dy, dx, y=y, x=x):
+                return channel[min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)]
+
+            horizontal = sum(at(d, -1) - at(d, 1) for d in (-1, 0, 1)) / 3
+            vertical = sum(at(-1, d) - at(1, d) for d in (-1, 0, 1)) / 3
+            result[y, x] = math.sqrt(horizontal**2 + vertical**2 + 1e-12)
+    return result
+
+
+def gms(a, b):
+    c = 170 / 255**2
+    similarity = []
+    for one, other in zip(a, b, strict=True):
+        g, h = gradient(one), gradient(other)
+        similarity.append((2 * g * h + c) / (g**2 + h**2 + c))
+    return 1 - np.mean(similarity)
+
+
+def ssim(a, b):
+    taps = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 1.5**2))
+    window = np.outer(taps, taps) / taps.sum() ** 2
+    values = []
+    for one, other in zip(a, b, strict=True):
+        for y in range(2, one.shape[0] - 2):
+            for x in range(2, one.shape[1] - 2):
+                p, q = one[y - 2 : y + 3, x - 2 : x + 3], other[y - 2 : y + 3, x - 2 : x + 3]
+                mean_p, mean_q = (window * p).sum(), (window * q).sum()
+                var_p, var_q = (window * p**2).sum() - mean_p**2, (window * q**2).sum() - mean_q**2
+                cov = (window * p * q).sum() - mean_p * mean_q
+                top = (2 * mean_p * mean_q + 0.01**2) * (2 * cov + 0.03**2)
+                values.append(top / ((mean_p**2 + mean_q**2 + 0.01**2) * (var_p + var_q + 0.03**2)))
+    return 1 - np.mean(values)
+
+
+def test_loss_is_equation_12_at_the_scales_of_equation_16():
+    image, painted = torch.rand(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    a, b = image.numpy(), painted.numpy()
+    a2, b2 = halved(a), halved(b)
+    expected = ((a - b) ** 2).mean() + 0.3 * (gms(a2, b2) + gms(halved(a2), halved(b2))) + 0.2 * ssim(a2, b2)
+    got = PaintingLoss(alpha=0.3, beta=0.2)(image[None], painted[None])
+    assert float(got) == pytest.approx(expected, rel=1e-6)
