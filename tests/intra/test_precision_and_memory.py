@@ -43,7 +43,6 @@ def test_bf16_moves_auroc_by_less_than_a_tenth_of_a_point(demo: TextureDemo, tmp
 
 _LARGE = """
 import torch
-from anomalib_intra.experiments.compiler import why_not_compiled
 from anomalib_intra.benchmark.machine import peak_memory_mib
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 model = InpaintingTransformer((512, 512)).eval()

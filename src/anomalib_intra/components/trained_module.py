@@ -205,7 +205,8 @@ class TrainedModule(CalibratedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation loss: one number, the same in every process, whatever their shares of the images."""
-        if self.trainer.state.fn != "fit":
+        # In a training all processes ask, also one without normal images. Outside one, not every model has a loss.
+        if self.trainer.state.fn != "fit" and not self._val_loss.update_called:
             return
         mean = self._val_loss.compute()
         if mean.isfinite():
