@@ -16,7 +16,7 @@ from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.data.normal_images import NormalImages, Share
 
 from ..conftest import tiny_engine, tiny_intra
-from ..test_windows import CountingImages, loader_of, samples_of
+from ..intra.test_windows import CountingImages, loader_of, samples_of
 
 WORLD = 2
 
@@ -75,7 +75,7 @@ class Log(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: InTra, batch: object, batch_idx: int) -> None:
         if trainer.current_epoch == 0:
-            names = [pl_module._draws.names[n] for n in batch.index.tolist()]
+            names = [pl_module._loader.names[n] for n in batch.index.tolist()]
             fields = sorted(name for name, value in vars(batch).items() if torch.is_tensor(value) and name != "image")
             rows = zip(*(getattr(batch, field).tolist() for field in fields if field != "index"), strict=True)
             self.seen["windows"] += [[Path(name).name, *row] for name, row in zip(names, rows, strict=True)]

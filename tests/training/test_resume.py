@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from torch import nn
 
 from anomalib_intra import InTra, TextureDemo
 from anomalib_intra.training import checkpoints as checkpoints_module
+from anomalib_intra.training.callbacks import FiniteLoss
 from anomalib_intra.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
 from anomalib_intra.training.random_state import random_state, set_random_state
 
@@ -349,10 +351,13 @@ def test_a_loss_that_is_no_number_stops_training_and_spoils_no_checkpoint(demo_r
 
 
 def test_a_loss_that_is_no_number_is_found_before_saving_where_it_was_not_looked_at_yet() -> None:
-    model = tiny_intra()
-    model._finite_loss._waiting = (torch.tensor(torch.inf), "step 7: {}".format)
-    with pytest.raises(FloatingPointError, match="step 7: inf"):
-        model.on_save_checkpoint({})
+    finite = FiniteLoss()
+    finite._unseen = (torch.tensor(torch.inf), 7, torch.tensor([0]))
+    trainer = SimpleNamespace(
+        train_dataloader=SimpleNamespace(names=["a.png"]), checkpoint_callbacks=[], current_epoch=0
+    )
+    with pytest.raises(FloatingPointError, match="loss is inf at step 7"):
+        finite.on_save_checkpoint(trainer, tiny_intra(), {})
 
 
 def test_engine_keeps_one_best_and_one_last_checkpoint(uncut: tuple) -> None:

@@ -20,10 +20,11 @@ from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, random_state, set_random_state
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO
 from anomalib_intra.training.command_line import drop_unreadable, seed_as_commanded
 from anomalib_intra.training.internals import evaluation_source, trainer_of, training_source, validation_source
 from anomalib_intra.training.processes import share_run_folder
+from anomalib_intra.training.random_state import random_state, set_random_state
 
 if TYPE_CHECKING:
     from typing_extensions import Self
