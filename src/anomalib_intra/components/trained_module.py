@@ -23,6 +23,7 @@ from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughpu
 from anomalib_intra.training.checkpoints import AtomicCheckpointIO
 from anomalib_intra.training.command_line import drop_unreadable, seed_as_commanded
 from anomalib_intra.training.internals import evaluation_source, trainer_of, training_source, validation_source
+from anomalib_intra.training.one_run import OneRun
 from anomalib_intra.training.processes import share_run_folder
 from anomalib_intra.training.random_state import random_state, set_random_state
 
@@ -94,7 +95,8 @@ class TrainedModule(CalibratedModule):
         all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         reports = [callback for callback in all_there if isinstance(callback, RunReport)]
         reports = reports or [RunReport()] * bool(self.visualizer)
-        return [*callbacks, FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd(), *reports]
+        runs = [callback for callback in all_there if isinstance(callback, OneRun)] or [OneRun()]
+        return [*callbacks, *runs, FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd(), *reports]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -111,6 +113,9 @@ class TrainedModule(CalibratedModule):
         """
         super().setup(stage)
         if stage == "fit":
+            # What another run left in the model; one that goes on from a checkpoint finds its own there.
+            self._sample_seed = self._random_state = self._resumed_from = None
+            self.losses = []
             seed_as_commanded(self, self.reset_parameters)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
@@ -239,8 +244,11 @@ class TrainedModule(CalibratedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was stored, whichever metrics the model was tested with."""
         super().on_load_checkpoint(checkpoint)
-        self._sample_seed = checkpoint.get("draw_seed")
-        self._random_state = checkpoint.get("random_state")
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            # The run goes on. A model that is only loaded is trained anew, on other samples.
+            self._sample_seed = checkpoint.get("draw_seed")
+            self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)
         self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)
