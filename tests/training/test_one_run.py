@@ -67,8 +67,8 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from_in_this_ones_folder(
     other = tiny_engine(tmp_path / "other", max_epochs=1, logger=False)
     other.fit(tiny_intra(), datamodule=data_of(demo_root))
     before = contents(tmp_path)
+    last = tmp_path / "other/InTra" / RUN / "weights/lightning/last.ckpt"
     with pytest.raises(RuntimeError, match=REFUSED):
-        last = tmp_path / "other/InTra" / RUN / "weights/lightning/last.ckpt"
         engine.fit(tiny_intra(), datamodule=datamodule, ckpt_path=last)
     assert contents(tmp_path) == before
 

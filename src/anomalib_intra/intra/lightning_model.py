@@ -5,7 +5,7 @@ InTra: Inpainting Transformer for Anomaly Detection, Pirnay and Chai, https://ar
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 
+from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.reconstruction import Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
@@ -117,6 +118,8 @@ class InTra(ReconstructionModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_counts(windows_per_image=windows_per_image, window_batch_size=window_batch_size)
+        check_weights(learning_rate=learning_rate, alpha=alpha, beta=beta, patience=patience)
         image_size = (image_size[0], image_size[1])
         super().__init__(
             image_size,
@@ -238,6 +241,26 @@ class InTra(ReconstructionModule):
 
     def _as_images(self, patches: torch.Tensor) -> torch.Tensor:
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Write out what the arguments of a model mean, for MFSA its feature dimension among them.
+
+        Args:
+            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
+
+        Returns:
+            dict[str, Any]: All arguments; equal models have equal ones.
+
+        Example:
+            >>> [InTra.completed({"attention": attention})["feature_dim"] for attention in ("mfsa", "msa")]
+            [256, None]
+        """
+        complete = super().completed(arguments)
+        of_mfsa = complete["feature_dim"] or complete["embed_dim"] // 2
+        return {**complete, "feature_dim": of_mfsa if complete["attention"] == "mfsa" else None}
 
     # ---- second pass -------------------------------------------------------------------------------------------------
 

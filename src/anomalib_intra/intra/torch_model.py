@@ -9,6 +9,7 @@ from einops import rearrange, reduce, repeat
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
+from anomalib_intra.components.arguments import check_counts
 from anomalib_intra.components.reconstruction import Reconstruction
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
@@ -95,6 +96,8 @@ class InpaintingTransformer(nn.Module):
         _check_option("attention", attention, ("mfsa", "msa"))
         _check_option("position", position, ("global", "local"))
         _check_option("readout", readout, ("mean", "token"))
+        sizes = {"patch_size": patch_size, "window_size": window_size, "embed_dim": embed_dim, "num_heads": num_heads}
+        check_counts(**sizes, depth=depth, **({} if feature_dim is None else {"feature_dim": feature_dim}))
         height, width = image_size
         check_image_size(height, width, patch_size, window_size)
         if not 0 <= window_shift <= window_size // 2:

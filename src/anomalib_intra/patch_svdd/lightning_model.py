@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from torch import nn
 
+from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
 from anomalib_intra.data.normal_images import NormalImages, Share
@@ -74,6 +75,8 @@ class PatchSVDD(TrainedModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_trainable(image_size)
+        check_counts(pairs_per_image=pairs_per_image, pair_batch_size=pair_batch_size)
+        check_weights(learning_rate=learning_rate, svdd_weight=svdd_weight)
         super().__init__(
             (image_size[0], image_size[1]),
             pre_processor,

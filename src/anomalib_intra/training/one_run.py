@@ -55,9 +55,8 @@ class OneRun(Callback):
         self._has_ended = True
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
-        folders = [
-            Path(folder).resolve() for cb in trainer.checkpoint_callbacks if (folder := getattr(cb, "dirpath", 0))
-        ]
+        given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+        folders = [Path(folder).resolve() for folder in given if folder]
         if trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent in folders:
             return  # this folder's own run goes on
         if self._has_trained:
@@ -76,10 +75,8 @@ class OneRun(Callback):
         if same and not self._has_ended:
             return  # what was stopped goes on
         what = f"has trained {self._name} already, and would write into the files of that run"
-        longer = (
-            "; to train the same model for longer, give the new one that run's last.ckpt as ckpt_path" if same else ""
-        )
-        raise RuntimeError(f"This trainer {what}: {_NEW_ENGINE}{longer}.")
+        longer = "; to train the same model for longer, give the new one that run's last.ckpt as ckpt_path"
+        raise RuntimeError(f"This trainer {what}: {_NEW_ENGINE}{longer if same else ''}.")
 
 
 def _data_of(trainer: Trainer) -> Any:
