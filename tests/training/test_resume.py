@@ -142,8 +142,11 @@ def test_a_killed_run_goes_on_from_the_last_epochs_end(uncut: tuple, demo_root: 
     assert_same(resumed, uncut[0])
 
 
-def test_ctrl_c_ends_the_step_and_saves_it(uncut: tuple, demo_root: Path, tmp_path: Path) -> None:
-    done = cut_off(tmp_path, demo_root, STEPS + 6, signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminated"])
+def test_a_signal_ends_the_step_and_saves_it(
+    uncut: tuple, demo_root: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    done = cut_off(tmp_path, demo_root, STEPS + 6, sent)
     assert "Stopping after this step" in done.stdout + done.stderr
     assert f"Go on with --ckpt_path {tmp_path / RUN / 'v0' / LAST}" in (done.stdout + done.stderr).replace("\n", "")
     log = Log()
@@ -246,9 +249,11 @@ def test_saving_takes_little_of_short_epochs(monkeypatch: pytest.MonkeyPatch) ->
 
     class SlowDisk:
         global_step = 0
-        strategy = type("", (), {"reduce_boolean_decision": staticmethod(lambda wanted, all: wanted)})
+        world_size = 1
+        strategy = SimpleNamespace(root_device="cpu", reduce=lambda values, reduce_op: values)
 
-        def save_checkpoint(self, path: Path) -> None:
+        def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+            assert not weights_only
             saved.append(now[0])
             now[0] += 2.0
 
