@@ -21,7 +21,8 @@ from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
 from anomalib_intra.training.checkpoints import AtomicCheckpointIO
-from anomalib_intra.training.command_line import drop_unreadable, seed_as_commanded
+from anomalib_intra.training.command_line import command_line, drop_unreadable, seed_as_commanded
+from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.training.internals import evaluation_source, trainer_of, training_source, validation_source
 from anomalib_intra.training.one_run import OneRun
 from anomalib_intra.training.processes import share_run_folder
@@ -90,6 +91,8 @@ class TrainedModule(CalibratedModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what watches a training, and a report unless pictures are switched off or the user brought their own."""
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
+        if command_line(self):
+            print_each_line_once()
         callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
         # One that is there already too: it must come after the post-processor, which gives it scores.
         all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
@@ -164,6 +167,17 @@ class TrainedModule(CalibratedModule):
         """Take other samples than in the epoch before."""
         assert self._loader is not None
         self._loader.epoch = self.current_epoch
+
+    def log_train_loss(self, loss: torch.Tensor, count: int) -> None:
+        """Log the loss of a step, and show it.
+
+        Args:
+            loss (torch.Tensor): Mean loss of the step, a scalar.
+            count (int): Samples of the step.
+        """
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=count)
+        # Under a short name, and once: with val_loss it fits into a line of the progress bar.
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=count)
 
     def on_train_end(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""

@@ -209,7 +209,7 @@ class InTra(ReconstructionModule):
         """
         del args, kwargs
         loss = self.loss_of(batch)
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
+        self.log_train_loss(loss, len(batch))
         return loss
 
     def loss_of(self, batch: WindowBatch) -> torch.Tensor:

@@ -133,7 +133,7 @@ class PatchSVDD(TrainedModule):
         del args, kwargs
         terms = self._loss_of(batch)
         count: dict[str, Any] = {"batch_size": len(batch)}
-        self.log("train_loss", terms.total, prog_bar=True, on_step=True, on_epoch=True, **count)
+        self.log_train_loss(terms.total, len(batch))
         self.log("train_position_loss", terms.position, on_step=False, on_epoch=True, **count)
         self.log("train_svdd_loss", terms.svdd, on_step=False, on_epoch=True, **count)
         return terms.total
