@@ -101,6 +101,21 @@ def test_equal_architectures_load_each_other(tmp_path: Path, one: dict, other: d
         load(saved(tmp_path / "model.ckpt", **first), **second)
 
 
+def test_a_checkpoint_of_before_keeps_what_an_even_number_of_blocks_meant(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model.ckpt", depth=4)
+    for how in (InTra.load_from_checkpoint, lambda path: load(path, depth=4)):
+        assert not how(path).model.doubles_middle
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["doubles_middle"]
+    torch.save(checkpoint, path)
+    for how in (InTra.load_from_checkpoint, lambda path: load(path, depth=4)):
+        model = how(path)
+        assert model.model.doubles_middle
+        again: dict = {"callbacks": {}}
+        model.on_save_checkpoint(again)
+        assert again["doubles_middle"]
+
+
 def test_other_architectures_are_still_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "model.ckpt")
     with pytest.raises(ValueError, match=r"feature_dim=16 \(here 8\)"):

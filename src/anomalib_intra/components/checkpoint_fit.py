@@ -27,7 +27,7 @@ def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any
         >>> check_architecture("InTra", ["depth"], {"depth": 13}, {"depth": 4})
         Traceback (most recent call last):
         ...
-        ValueError: The checkpoint holds weights of InTra with depth=13 (here 4): build the model with the checkpoint's \
+        ValueError: The checkpoint is of InTra with depth=13 (here 4): build the model with the checkpoint's \
 values, or use InTra.load_from_checkpoint, which does.
     """
     differing = [
@@ -37,7 +37,7 @@ values, or use InTra.load_from_checkpoint, which does.
     ]
     if differing:
         msg = (
-            f"The checkpoint holds weights of {model} with {', '.join(differing)}: build the model with the checkpoint's "
+            f"The checkpoint is of {model} with {', '.join(differing)}: build the model with the checkpoint's "
             f"values, or use {model}.load_from_checkpoint, which does."
         )
         raise ValueError(msg)

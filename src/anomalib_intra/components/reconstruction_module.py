@@ -144,7 +144,7 @@ class ReconstructionModule(TrainedModule):
             self._explained.update(*(rearrange(x, "b c h w -> (b h w) c") for x in (reconstructions, images)))
         return batch
 
-    def on_train_end(self) -> None:
+    def end_training(self) -> None:
         """Say so if the model has learned nothing; then calibrate it."""
         if self._explained.update_called and (explained := self._explained.compute()) < _COLLAPSED:
             logger.warning(
@@ -153,7 +153,7 @@ class ReconstructionModule(TrainedModule):
                 "another learning_rate.",
                 explained,
             )
-        super().on_train_end()
+        super().end_training()
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 

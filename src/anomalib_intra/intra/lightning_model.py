@@ -262,6 +262,16 @@ class InTra(ReconstructionModule):
         of_mfsa = complete["feature_dim"] or complete["embed_dim"] // 2
         return {**complete, "feature_dim": of_mfsa if complete["attention"] == "mfsa" else None}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store beside the weights what they mean in the middle of an even number of blocks."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["doubles_middle"] = self.model.doubles_middle
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; older versions did not say so, but did it."""
+        super().on_load_checkpoint(checkpoint)
+        self.model.doubles_middle = checkpoint.get("doubles_middle", True)
+
     # ---- second pass -------------------------------------------------------------------------------------------------
 
     @property

@@ -61,7 +61,9 @@ class InpaintingTransformer(nn.Module):
         feature_dim (int | None): Dimension F of queries and keys in MFSA. Defaults to ``embed_dim // 2``.
         attention (str): ``"mfsa"`` (eq. 10) or ``"msa"`` (eq. 6).
         position (str): ``"global"`` (eq. 2) or ``"local"`` (eq. 1).
-        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < n // 2.
+        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < (n - 1) // 2. The
+            paper has 13 blocks, of which the middle one stands alone; of an even number, the two in the middle do: what
+            one gives is the other's input already.
         readout (str): ``"mean"`` over the sequence or the hidden patch's ``"token"``.
         window_shift (int): Reconstruct each patch as the mean of what all windows give whose centre is up to this many
             patches away from it, ``(2 * window_shift + 1) ** 2`` of them. 0 takes the central one (sec. 3.5).
@@ -76,6 +78,9 @@ class InpaintingTransformer(nn.Module):
     """
 
     blocks: Sequence[TransformerBlock]
+    #: Whether, of an even number of blocks, the input of the second in the middle is doubled: the output of the first
+    #: is added to itself. Models trained by older versions do that, and so does what was pickled by one.
+    doubles_middle = True
 
     def __init__(
         self,
@@ -111,6 +116,7 @@ class InpaintingTransformer(nn.Module):
         self.long_residuals = long_residuals
         self.readout = readout
         self.window_shift = window_shift
+        self.doubles_middle = False
 
         def self_attention() -> MultiheadSelfAttention:
             if attention == "msa":
@@ -201,8 +207,9 @@ class InpaintingTransformer(nn.Module):
         depth = len(self.blocks)
         outputs: list[torch.Tensor] = []
         for n, block in enumerate(self.blocks):
-            if self.long_residuals and n >= depth - depth // 2:
-                y = y + outputs[depth - 1 - n]
+            source = depth - 1 - n
+            if self.long_residuals and (source < n - 1 or (source == n - 1 and self.doubles_middle)):
+                y = y + outputs[source]
             y = block(y)
             outputs.append(y)
         mean = self.readout == "mean"

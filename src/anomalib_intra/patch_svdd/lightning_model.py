@@ -112,9 +112,8 @@ class PatchSVDD(TrainedModule):
         """Pairs of patches."""
         return Sampling(sample_pairs, self.pairs_per_image, self.pair_batch_size)
 
-    def on_fit_start(self) -> None:
+    def get_ready(self) -> None:
         """Forget the memory bank, and compute the mean training image, which is subtracted from all images."""
-        super().on_fit_start()
         assert self._images is not None
         self.model.empty_memory_bank()
         self.model.mean_image.copy_(self.mean_training_image(self._images))

@@ -193,17 +193,20 @@ class TestRecord:
 def auroc(anomalous: Series, normal: Series) -> float:
     """Tell how often an anomalous image has a higher score than a normal one; equal scores count half.
 
+    Images whose score is no number are left out.
+
     Args:
         anomalous (Series): Scores of anomalous images.
         normal (Series): Scores of normal images.
 
     Returns:
-        float: The AUROC in [0, 1], NaN where one of both is empty.
+        float: The AUROC in [0, 1], NaN where nothing is left of one of both.
 
     Example:
         >>> auroc(Series([0.9, 0.4]), Series([0.1, 0.5]))
         0.75
     """
+    anomalous, normal = anomalous.dropna(), normal.dropna()
     if not len(anomalous) or not len(normal):
         return math.nan
     ranks = Series([*anomalous, *normal]).rank()[: len(anomalous)]

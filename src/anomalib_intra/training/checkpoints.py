@@ -125,8 +125,8 @@ class LastCheckpoint(Checkpoint):
     """Saves ``last.ckpt`` to resume from: at the ends of epochs, within long ones, and when told to stop.
 
     At most five minutes of training are lost. At the ends of short epochs it saves only as often as costs a twentieth
-    of the time. Ctrl-C, or a signal to terminate, ends the step, saves and stops; a second one stops at once. Of several
-    processes, all stop at the same step, whichever of them was told to.
+    of the time. Ctrl-C, or a signal to terminate, ends the step, saves and stops; a second one stops at once. Of
+    several processes, all stop at the same step, whichever of them was told to.
 
     Args:
         dirpath (str | Path | None): Folder for the checkpoint. Defaults to ``weights`` in the run's folder.
@@ -212,10 +212,25 @@ def keep_best_and_last(trainer: Trainer) -> list[Checkpoint]:
     """
     present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
     checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
-    if len(checkpoints) != 1 or not _is_engine_default(checkpoints[0]):
+    if len(checkpoints) != 1:
+        return []
+    if not _is_engine_default(checkpoints[0]):
+        if trainer.state.fn == "fit" and _is_in_the_engines_place(checkpoints[0], trainer):
+            logger.warning(
+                "%s keeps the last epoch, not the best, and the last epoch will be tested: give the Engine "
+                'callbacks=[ModelCheckpoint(monitor="val_loss")], of anomalib.callbacks.',
+                type(checkpoints[0]).__name__,
+            )
         return []
     present.remove(checkpoints[0])
     return [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
+
+
+def _is_in_the_engines_place(checkpoint: Any, trainer: Trainer) -> bool:
+    """Tell whether a checkpoint of the last epoch is the Engine's or Trainer's own, changed by an update, say."""
+    folder = getattr(checkpoint, "dirpath", None)
+    place = Path(trainer.default_root_dir) / "weights" / "lightning"
+    return getattr(checkpoint, "monitor", None) is None and (folder is None or Path(folder) == place)
 
 
 def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:
