@@ -17,13 +17,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
 from anomalib_intra import InTra, TextureDemo
 from anomalib_intra.training import checkpoints as checkpoints_module
 from anomalib_intra.training.callbacks import FiniteLoss
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_best_and_last
 from anomalib_intra.training.random_state import random_state, set_random_state
 
 from ..conftest import tiny_engine, tiny_intra
@@ -368,3 +369,32 @@ def test_a_loss_that_is_no_number_is_found_before_saving_where_it_was_not_looked
 def test_engine_keeps_one_best_and_one_last_checkpoint(uncut: tuple) -> None:
     folder = uncut[2] / "weights/lightning"
     assert sorted(folder.iterdir()) == [folder / "last.ckpt", folder / "model.ckpt"]
+
+
+# ---- the Engine's own checkpoint -------------------------------------------------------------------------------------
+
+
+def trainer_with(root: Path, **checkpoint: object) -> SimpleNamespace:
+    kept = ModelCheckpoint(**{"dirpath": root / "weights/lightning", "filename": "model", **checkpoint})
+    return SimpleNamespace(callbacks=[kept], default_root_dir=str(root), state=SimpleNamespace(fn="fit"))
+
+
+def test_the_engines_own_checkpoint_is_exchanged_and_one_that_is_not_recognised_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_with(tmp_path)
+    assert [type(one) for one in keep_best_and_last(trainer)] == [BestCheckpoint, LastCheckpoint]
+    assert trainer.callbacks == []
+    for own in ({"monitor": "val_loss"}, {"dirpath": tmp_path / "elsewhere", "filename": "last-epoch"}):
+        assert keep_best_and_last(trainer_with(tmp_path, **own)) == []
+    assert not caplog.records
+    for other in ({"filename": "last-epoch"}, {"dirpath": None, "filename": None}):
+        assert keep_best_and_last(trainer_with(tmp_path, **other)) == []
+        assert "keeps the last epoch, not the best, and the last epoch will be tested" in caplog.text
+        caplog.clear()
+
+
+def test_the_engine_of_this_version_is_recognised(demo_root: Path, tmp_path: Path, caplog) -> None:
+    fit(tmp_path, demo_root, max_epochs=1)
+    assert "keeps the last epoch" not in caplog.text
+    assert (tmp_path / RUN / "v0" / BEST).is_file()

@@ -20,6 +20,7 @@ from torch import nn
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
+from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.normal_images import NormalImages, Share
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, sample_pairs
@@ -89,6 +90,15 @@ class PatchSVDD(TrainedModule):
         self.pair_batch_size = pair_batch_size
         self.model = PatchSVDDModel(self.image_size)
         self.loss = PatchSVDDLoss(svdd_weight)
+
+    @classmethod
+    def configure_visualizer(cls) -> Visualizer:
+        """Name the pictures of anomalib.
+
+        Returns:
+            Visualizer: A :class:`NamedImageVisualizer`.
+        """
+        return NamedImageVisualizer()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, for the encoder and the position classifiers, unless the command line names another optimizer.
