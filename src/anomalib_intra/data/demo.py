@@ -154,7 +154,7 @@ def generate(root: Path, category: str, seed: int = 0) -> None:
             image, mask = spoil(draw(rng), rng)
             _save(image, unfinished / "test" / name / f"{n:03}.png")
             _save(mask, unfinished / "ground_truth" / name / f"{n:03}_mask.png")
-    (unfinished / "demo.json").write_text(json.dumps({"format": _FORMAT, "seed": seed}))
+    (unfinished / "demo.json").write_text(json.dumps({"format": _FORMAT, "seed": seed}), encoding="utf-8")
     if _is_made(target, seed):
         shutil.rmtree(unfinished)
         return
@@ -164,7 +164,7 @@ def generate(root: Path, category: str, seed: int = 0) -> None:
 
 def _is_made(folder: Path, seed: int) -> bool:
     made = folder / "demo.json"
-    return made.is_file() and json.loads(made.read_text()) == {"format": _FORMAT, "seed": seed}
+    return made.is_file() and json.loads(made.read_text(encoding="utf-8")) == {"format": _FORMAT, "seed": seed}
 
 
 def _save(image: np.ndarray, path: Path) -> None:
