@@ -60,7 +60,7 @@ def reference_inpaint(model, patches, r, s, t, u, attention, position, readout, 
                 sequence.append(patches[i - 1, j - 1] @ embedding + posemb[f(i, j) - 1])  # eq. 3
 
     n = len(model.blocks)
-    source_of = {n - 1 - i: i for i in range(n // 2)} if long_residuals else {}
+    source_of = {n - 1 - i: i for i in range((n - 1) // 2)} if long_residuals else {}
     outputs = []
     for number, block in enumerate(model.blocks):
         if number in source_of:

@@ -13,8 +13,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from anomalib.cli.cli import main as anomalib_main
+from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
+from anomalib.loggers import configure_logger
 from jsonargparse import ArgumentParser
 
 from anomalib_intra.benchmark import benchmark
@@ -23,6 +24,7 @@ from anomalib_intra.experiments.map_options import OPTIONS, map_options
 from anomalib_intra.experiments.reproduce import reproduce
 from anomalib_intra.experiments.select_size import select_size
 from anomalib_intra.experiments.speed import speed
+from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.yardsticks import yardsticks
 
 #: Exit code of a command that was given too little time, and goes on in the next call.
@@ -48,7 +50,9 @@ def main() -> None:
     elif len(sys.argv) > 1 and sys.argv[1] in own:
         _run(own[sys.argv[1]], sys.argv[1], sys.argv[2:])
     else:
-        anomalib_main()
+        configure_logger()
+        print_each_line_once()
+        AnomalibCLI()
 
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:

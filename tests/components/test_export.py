@@ -13,7 +13,7 @@ from anomalib.deploy import CompressionType, OpenVINOInferencer, TorchInferencer
 from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from PIL import Image
-from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize
+from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
 from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.exportable_resize import exportable, resize_matrix
@@ -209,6 +209,27 @@ def test_int8_takes_models_for_images_of_one_size(trained: Trained, with_reconst
     data = TextureDemo(demo_root, num_workers=0)  # of 128 x 128 pixels
     model = trained.model._compress_ov_model(model, CompressionType.INT8_PTQ, data)
     assert_only_trained_layers_are_quantized(model, trained.model.model)
+
+
+def test_int8_is_calibrated_with_images_as_a_test_sees_them(
+    trained: Trained, demo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Black(Transform):
+        def transform(self, inpt: Any, params: dict) -> Any:
+            return torch.zeros_like(inpt)
+
+    seen = []
+
+    def quantize(model: Any, data: Any, **_: Any) -> Any:
+        seen.extend(next(iter(data.get_inference_data([number]))) for number in range(3))
+        return model
+
+    monkeypatch.setattr(nncf, "quantize", quantize)
+    data = TextureDemo(demo_root, num_workers=0, train_augmentations=Black(), test_augmentations=Resize((100, 100)))
+    trained.model._compress_ov_model(openvino.Core().read_model(trained.openvino), CompressionType.INT8_PTQ, data)
+    assert all(image.max() > 0.1 for image in seen)
+    assert {image.shape[-2:] for image in seen} == {(100, 100)}
+    assert torch.as_tensor(data.train_data[0].image).max() == 0  # (which training still sees)
 
 
 def test_int8_without_training_images_is_refused(trained: Trained) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from anomalib.metrics import AUROC, F1AdaptiveThreshold
 
-from anomalib_intra import InTraPostProcessor
+from anomalib_intra import InTraPostProcessor, UnsaturatedPostProcessor
 from anomalib_intra.components.anomaly_map import _scaled_kernel, difference_map, image_score
 from anomalib_intra.components.batch import InTraBatch
 
@@ -293,14 +293,45 @@ def test_state_survives_saving_and_reset_forgets_it(tmp_path: Path) -> None:
     assert not post_processor.is_calibrated
 
 
-def test_original_size_asked_for_now_outlives_a_checkpoint_without_it() -> None:
-    for saved, wanted in ((False, True), (True, False), (True, True)):
-        post_processor = InTraPostProcessor(original_size=wanted)
-        post_processor.load_checkpoint_config(InTraPostProcessor(original_size=saved).checkpoint_config())
-        assert post_processor.original_size
-    post_processor = InTraPostProcessor()
-    post_processor.load_checkpoint_config(InTraPostProcessor(image_quantile=0.5).checkpoint_config())
-    assert (post_processor.original_size, post_processor.image_quantile) == (False, 0.5)
+OTHER = {
+    "enable_normalization": (True, False),
+    "enable_thresholding": (True, False),
+    "image_sensitivity": (0.5, 0.7),
+    "pixel_sensitivity": (0.5, 0.7),
+    "image_quantile": (0.99, 0.9),
+    "pixel_quantile": (0.999, 0.9),
+    "original_size": (False, True),
+    "colour_weight": (0.0, 0.5),
+    "deviation": ("squared", "positive"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_a_setting_that_is_given_outlives_a_checkpoint_and_none_is_as_in_the_checkpoint(name: str) -> None:
+    default, other = OTHER[name]
+    for saved, given, expected in ((other, None, other), (other, default, default), (default, other, other)):
+        for kind in (InTraPostProcessor, UnsaturatedPostProcessor):
+            if kind is UnsaturatedPostProcessor and name in ("original_size", "colour_weight", "deviation"):
+                continue
+            post_processor = kind(**{name: given})
+            assert getattr(post_processor, name) == (default if given is None else given)
+            post_processor.load_checkpoint_config(kind(**{name: saved}).checkpoint_config())
+            assert getattr(post_processor, name) == expected
+
+
+@pytest.mark.parametrize("name", ["image_sensitivity", "pixel_sensitivity", "image_quantile", "pixel_quantile"])
+@pytest.mark.parametrize("wrong", [-0.1, 1.1, float("nan")])
+def test_what_is_no_share_is_refused(name: str, wrong: float) -> None:
+    for kind in (InTraPostProcessor, UnsaturatedPostProcessor):
+        with pytest.raises(ValueError, match=rf"{name} must be in .*got {wrong}"):
+            kind(**{name: wrong})
+
+
+@pytest.mark.parametrize("name", ["image_sensitivity", "pixel_sensitivity"])
+def test_sensitivities_of_nothing_and_of_everything_are_refused(name: str) -> None:
+    for wrong in (0.0, 1.0):
+        with pytest.raises(ValueError, match=rf"{name} must be in \(0, 1\)"):
+            InTraPostProcessor(**{name: wrong})
 
 
 def test_options_of_the_map_asked_for_now_outlive_a_checkpoint_with_others() -> None:
@@ -309,6 +340,7 @@ def test_options_of_the_map_asked_for_now_outlive_a_checkpoint_with_others() -> 
         ({}, (0.5, "positive")),
         ({"deviation": "scaled"}, (0.5, "scaled")),
         ({"colour_weight": 0.25}, (0.25, "positive")),
+        ({"colour_weight": 0.0, "deviation": "squared"}, (0.0, "squared")),
     ):
         post_processor = InTraPostProcessor(**asked)
         post_processor.load_checkpoint_config(saved)

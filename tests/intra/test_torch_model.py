@@ -297,3 +297,14 @@ def test_weights_are_drawn_with_std_0_02_and_each_block_on_its_own():
         elif name.endswith("bias"):
             assert not parameter.any(), name
     assert 0.01 < model.inpaint_embedding.std() < 0.03
+
+
+@pytest.mark.parametrize(("depth", "differ"), [(2, True), (4, True), (3, False), (13, False)])
+def test_models_of_before_double_the_middle_of_an_even_number_of_blocks(depth: int, differ: bool) -> None:
+    model = build(depth=depth)
+    images = rand(1, 3, 4 * K, 5 * K)
+    now = model.reconstruct(images)
+    model.doubles_middle = True
+    assert torch.equal(now, model.reconstruct(images)) != differ
+    del model.doubles_middle  # what was pickled by an older version
+    assert torch.equal(model.reconstruct(images), now) != differ

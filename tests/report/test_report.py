@@ -359,3 +359,16 @@ def test_a_browser_shows_the_report(trained: tuple, tmp_path: Path) -> None:
         assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 1000  # photographs, not a blank page
     assert pictures["phone"][5, 5].min() > 240
     assert pictures["dark"][5, 5].max() < 40
+
+
+def test_images_without_a_score_do_not_move_the_auroc_of_their_kind() -> None:
+    nan = float("nan")
+    assert (
+        auroc(Series([0.9, nan, 0.4]), Series([0.1, 0.5, nan])) == auroc(Series([0.9, 0.4]), Series([0.1, 0.5])) == 0.75
+    )
+    assert np.isnan(auroc(Series([nan]), Series([0.1])))
+    assert np.isnan(auroc(Series([0.1]), Series([nan])))
+    record = TestRecord()
+    for kind, score in (("good", 0.1), ("good", 0.5), ("hole", 0.9), ("hole", nan), ("hole", 0.4)):
+        record.add(Scored(f"{kind}/{score}.png", score, anomalous=kind == "hole"), dict)
+    assert record.by_kind().set_index("kind").auroc["hole"] == 0.75

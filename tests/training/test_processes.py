@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes share a run's work and come to what one process comes to."""
 
+import os
+import signal
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,9 +17,11 @@ from torch.utils.data import DataLoader
 
 from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.data.normal_images import NormalImages, Share
+from anomalib_intra.training import agreement as agreement_module
+from anomalib_intra.training.agreement import Agreement
 
 from ..conftest import tiny_engine, tiny_intra
-from ..test_windows import CountingImages, loader_of, samples_of
+from ..intra.test_windows import CountingImages, loader_of, samples_of
 
 WORLD = 2
 
@@ -75,7 +80,7 @@ class Log(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: InTra, batch: object, batch_idx: int) -> None:
         if trainer.current_epoch == 0:
-            names = [pl_module._draws.names[n] for n in batch.index.tolist()]
+            names = [pl_module._loader.names[n] for n in batch.index.tolist()]
             fields = sorted(name for name, value in vars(batch).items() if torch.is_tensor(value) and name != "image")
             rows = zip(*(getattr(batch, field).tolist() for field in fields if field != "index"), strict=True)
             self.seen["windows"] += [[Path(name).name, *row] for name, row in zip(names, rows, strict=True)]
@@ -119,24 +124,89 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     }
 
 
+class SignalsItself(Callback):
+    """Sends a signal to one process of several, in a step or in a validation."""
+
+    def __init__(self, rank: int, where: str, number: int) -> None:
+        self.rank, self.where, self.number = rank, where, number
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if self.where == "step" and trainer.global_rank == self.rank and trainer.global_step == 5:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_epoch_end(self, trainer: Trainer, *_: object) -> None:
+        if self.where == "validation" and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def run_until_stopped(rank: int, where: str, number: int, root: Path, demo_root: Path) -> None:
+    seed_everything(5)
+    several = {"strategy": "ddp", "devices": WORLD, "max_epochs": 1000, "logger": False}
+    engine = tiny_engine(root, callbacks=[SignalsItself(rank, where, number)], **several)
+    engine.fit(tiny_intra(), datamodule=TextureDemo(demo_root, num_workers=0))
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "stopped":
+        run_until_stopped(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *map(Path, sys.argv[5:7]))
     kind, root, demo_root, out = sys.argv[1], *map(Path, sys.argv[2:5])
     seen = run(kind, root, demo_root, WORLD)
     rank = torch.distributed.get_rank()
     torch.save(seen, out / f"{rank}.pt")
 
 
+def command(*arguments: object) -> dict:
+    """What subprocess runs this file with."""
+    words = [sys.executable, "-m", "tests.training.test_processes", *map(str, arguments)]
+    return {"args": words, "cwd": Path(__file__).parents[2], "capture_output": True, "text": True, "check": False}
+
+
+@pytest.mark.parametrize(
+    ("rank", "where", "sent"),
+    [(1, "step", signal.SIGINT), (1, "validation", signal.SIGTERM), (0, "step", signal.SIGTERM)],
+    ids=["Ctrl-C at the second", "second terminated", "first terminated"],
+)
+def test_a_signal_to_one_process_stops_all_at_one_step(
+    demo_root: Path, tmp_path: Path, rank: int, where: str, sent: signal.Signals
+) -> None:
+    done = subprocess.run(timeout=200, **command("stopped", rank, where, int(sent), tmp_path, demo_root))
+    assert done.returncode == 1, done.stderr[-4000:]
+    assert "Go on with --ckpt_path" in done.stderr
+    (last,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(last, weights_only=True)["global_step"] >= 5
+
+
+def test_processes_meet_every_few_steps_and_agree_on_what_one_of_them_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(agreement_module.time, "monotonic", lambda: now[0])
+    met, seconds_of_a_step = [], (0.01, 0.02)
+    asked: list[torch.Tensor] = []
+    strategy = SimpleNamespace(root_device="cpu", reduce=lambda values, reduce_op: asked.append(values) or values)
+    trainer = SimpleNamespace(world_size=2, strategy=strategy)
+    processes = [Agreement(), Agreement()]
+    for step in range(1000):
+        now[0] += 0.02
+        due = [process.is_due(trainer) for process in processes]
+        assert due[0] == due[1]
+        if due[0]:
+            met.append(step)
+            asked.clear()
+            strategy.reduce = lambda values, reduce_op: asked.append(values) or values
+            for process, seconds in zip(processes, seconds_of_a_step, strict=True):
+                process._met_at = now[0] - seconds * process._steps
+                process.any_of(trainer, False, process is processes[1])
+            most = torch.stack(asked).amax(dim=0)
+            strategy.reduce = lambda values, reduce_op, most=most: most
+            for process in processes:
+                assert process.any_of(trainer, False, False) == [False, True]
+    assert met[0] == 0
+    assert 8 <= len(met) <= 12  # every 2 seconds of 20
+
+
 @pytest.fixture(scope="module", params=["intra", pytest.param("patch_svdd", marks=pytest.mark.slow)])
 def runs(request, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
     kind, root = request.param, tmp_path_factory.mktemp("processes")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.training.test_processes", kind, str(root / "several"), str(demo_root), str(root)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        timeout=500,
-    )
+    done = subprocess.run(timeout=500, **command(kind, root / "several", demo_root, root))
     assert done.returncode == 0, done.stderr[-4000:]
     several = [torch.load(root / f"{rank}.pt") for rank in range(WORLD)]
     return kind, run(kind, root / "alone", demo_root, 1), several

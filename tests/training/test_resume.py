@@ -12,16 +12,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
 from anomalib_intra import InTra, TextureDemo
 from anomalib_intra.training import checkpoints as checkpoints_module
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, LastCheckpoint
+from anomalib_intra.training.callbacks import FiniteLoss
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_best_and_last
 from anomalib_intra.training.random_state import random_state, set_random_state
 
 from ..conftest import tiny_engine, tiny_intra
@@ -140,8 +143,11 @@ def test_a_killed_run_goes_on_from_the_last_epochs_end(uncut: tuple, demo_root: 
     assert_same(resumed, uncut[0])
 
 
-def test_ctrl_c_ends_the_step_and_saves_it(uncut: tuple, demo_root: Path, tmp_path: Path) -> None:
-    done = cut_off(tmp_path, demo_root, STEPS + 6, signal.SIGINT)
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "terminated"])
+def test_a_signal_ends_the_step_and_saves_it(
+    uncut: tuple, demo_root: Path, tmp_path: Path, sent: signal.Signals
+) -> None:
+    done = cut_off(tmp_path, demo_root, STEPS + 6, sent)
     assert "Stopping after this step" in done.stdout + done.stderr
     assert f"Go on with --ckpt_path {tmp_path / RUN / 'v0' / LAST}" in (done.stdout + done.stderr).replace("\n", "")
     log = Log()
@@ -244,9 +250,11 @@ def test_saving_takes_little_of_short_epochs(monkeypatch: pytest.MonkeyPatch) ->
 
     class SlowDisk:
         global_step = 0
-        strategy = type("", (), {"reduce_boolean_decision": staticmethod(lambda wanted, all: wanted)})
+        world_size = 1
+        strategy = SimpleNamespace(root_device="cpu", reduce=lambda values, reduce_op: values)
 
-        def save_checkpoint(self, path: Path) -> None:
+        def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+            assert not weights_only
             saved.append(now[0])
             now[0] += 2.0
 
@@ -349,12 +357,44 @@ def test_a_loss_that_is_no_number_stops_training_and_spoils_no_checkpoint(demo_r
 
 
 def test_a_loss_that_is_no_number_is_found_before_saving_where_it_was_not_looked_at_yet() -> None:
-    model = tiny_intra()
-    model._finite_loss._waiting = (torch.tensor(torch.inf), "step 7: {}".format)
-    with pytest.raises(FloatingPointError, match="step 7: inf"):
-        model.on_save_checkpoint({})
+    finite = FiniteLoss()
+    finite._unseen = (torch.tensor(torch.inf), 7, torch.tensor([0]))
+    trainer = SimpleNamespace(
+        train_dataloader=SimpleNamespace(names=["a.png"]), checkpoint_callbacks=[], current_epoch=0
+    )
+    with pytest.raises(FloatingPointError, match="loss is inf at step 7"):
+        finite.on_save_checkpoint(trainer, tiny_intra(), {})
 
 
 def test_engine_keeps_one_best_and_one_last_checkpoint(uncut: tuple) -> None:
     folder = uncut[2] / "weights/lightning"
     assert sorted(folder.iterdir()) == [folder / "last.ckpt", folder / "model.ckpt"]
+
+
+# ---- the Engine's own checkpoint -------------------------------------------------------------------------------------
+
+
+def trainer_with(root: Path, **checkpoint: object) -> SimpleNamespace:
+    kept = ModelCheckpoint(**{"dirpath": root / "weights/lightning", "filename": "model", **checkpoint})
+    return SimpleNamespace(callbacks=[kept], default_root_dir=str(root), state=SimpleNamespace(fn="fit"))
+
+
+def test_the_engines_own_checkpoint_is_exchanged_and_one_that_is_not_recognised_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_with(tmp_path)
+    assert [type(one) for one in keep_best_and_last(trainer)] == [BestCheckpoint, LastCheckpoint]
+    assert trainer.callbacks == []
+    for own in ({"monitor": "val_loss"}, {"dirpath": tmp_path / "elsewhere", "filename": "last-epoch"}):
+        assert keep_best_and_last(trainer_with(tmp_path, **own)) == []
+    assert not caplog.records
+    for other in ({"filename": "last-epoch"}, {"dirpath": None, "filename": None}):
+        assert keep_best_and_last(trainer_with(tmp_path, **other)) == []
+        assert "keeps the last epoch, not the best, and the last epoch will be tested" in caplog.text
+        caplog.clear()
+
+
+def test_the_engine_of_this_version_is_recognised(demo_root: Path, tmp_path: Path, caplog) -> None:
+    fit(tmp_path, demo_root, max_epochs=1)
+    assert "keeps the last epoch" not in caplog.text
+    assert (tmp_path / RUN / "v0" / BEST).is_file()

@@ -52,7 +52,7 @@ class BenchmarkRun(Job):
     def row(self) -> dict[str, Any] | None:
         """The row of this run with these settings, or None if it was not run yet."""
         try:
-            stored = json.loads((self.folder / "row.json").read_text())
+            stored = json.loads((self.folder / "row.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
         return stored["row"] if stored["config"] == self.config else None

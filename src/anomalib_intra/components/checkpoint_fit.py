@@ -44,16 +44,16 @@ values, or use InTra.load_from_checkpoint, which does.
 
 
 def forget_stale_calibration(
-    checkpoint: dict[str, Any], present: Mapping[str, Any], blank: Mapping[str, torch.Tensor]
+    checkpoint: dict[str, Any], stored: Mapping[str, Any], present: Mapping[str, Any], blank: Mapping[str, torch.Tensor]
 ) -> None:
     """Leave the calibration out of a checkpoint if images are scored in another way now; a test makes it anew.
 
     Args:
-        checkpoint (dict[str, Any]): The checkpoint, which says under ``calibrated_with`` how images were scored.
-        present (Mapping[str, Any]): How they are now.
+        checkpoint (dict[str, Any]): The checkpoint.
+        stored (Mapping[str, Any]): How images were scored when it was calibrated.
+        present (Mapping[str, Any]): How they are scored now.
         blank (Mapping[str, torch.Tensor]): State of a model that was never calibrated.
     """
-    stored = checkpoint.get("calibrated_with", {})
     changed = [
         f"{name}={stored[name]!r} (here {value!r})"
         for name, value in present.items()

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What anomalib's export lacks for models whose scores are computed from small differences."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,8 +20,8 @@ class CompleteExport(ExportMixin):
     """anomalib's exports, where INT8 and INT8_PTQ compress what was trained and nothing else.
 
     Resizing, difference map, training mean, memory bank and thresholds stay as they are: with eight bits in them,
-    scores are noise. INT8_PTQ is calibrated with training images, where anomalib takes the datamodule's validation
-    images, which may be test images.
+    scores are noise. INT8_PTQ is calibrated with training images as a test would see them,
+    where anomalib takes the datamodule's validation images, which may be test images.
     """
 
     def to_torch(self, *args: Any, **kwargs: Any) -> Path:
@@ -84,13 +85,15 @@ class CompleteExport(ExportMixin):
             msg = "INT8_PTQ is calibrated with training images: give the datamodule that the model was trained on."
             raise ValueError(msg)
         datamodule.setup("fit")
+        images = copy.copy(datamodule.train_data)
+        images.augmentations = datamodule.test_augmentations  # as a test sees them, without what trains at random
         size = model.input(0).partial_shape[2:]
 
         def prepare(item: ImageItem) -> np.ndarray:
             image = torch.as_tensor(item.image)[None]
             return (resize(image, list(size.to_shape())) if size.is_static else image).numpy()
 
-        return nncf.quantize(model, nncf.Dataset(datamodule.train_data, prepare), ignored_scope=ignored)
+        return nncf.quantize(model, nncf.Dataset(images, prepare), ignored_scope=ignored)
 
 
 def _without_trained_weights(model: "ov.Model", network: torch.nn.Module) -> list[str]:

@@ -3,7 +3,7 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,10 +17,11 @@ from rich.progress import track
 from torchmetrics import R2Score
 
 from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.batch import InTraBatch, is_normal
 from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
 from anomalib_intra.components.reconstruction import Comparison
-from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
+from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP, InTraPostProcessor
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.components.visualizer import InTraVisualizer
 from anomalib_intra.data.normal_images import NormalImages
@@ -145,7 +146,7 @@ class ReconstructionModule(TrainedModule):
             self._explained.update(*(rearrange(x, "b c h w -> (b h w) c") for x in (reconstructions, images)))
         return batch
 
-    def on_train_end(self) -> None:
+    def end_training(self) -> None:
         """Say so if the model has learned nothing; then calibrate it."""
         if self._explained.update_called and (explained := self._explained.compute()) < _COLLAPSED:
             logger.warning(
@@ -154,7 +155,7 @@ class ReconstructionModule(TrainedModule):
                 "another learning_rate.",
                 explained,
             )
-        super().on_train_end()
+        super().end_training()
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 
@@ -272,14 +273,31 @@ class ReconstructionModule(TrainedModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Write out what the arguments of a model mean: all defaults, and what follows from other arguments.
+
+        Args:
+            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
+
+        Returns:
+            dict[str, Any]: All arguments; equal models have equal ones.
+        """
+        return with_defaults(cls, arguments)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture, then restore what was stored and still holds."""
-        check_architecture(self.name, self.architecture, checkpoint.get("hyper_parameters", {}), self.hparams)
+        saved = self.completed(checkpoint.get("hyper_parameters", {}))
+        check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
         blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-        forget_stale_calibration(checkpoint, {**self.scored_with, **self.post_processor.asked_options}, blank)
+        # What an older version does not say of its calibration is in its settings, or was the default.
+        stored = {**self.completed({}), **PAPERS_MAP, **checkpoint.get("anomalib_post_processor_config", {})}
+        stored |= checkpoint.get("calibrated_with", {})
+        present = {**self.scored_with, **self.post_processor.asked_calibration}
+        forget_stale_calibration(checkpoint, stored, present, blank)
         super().on_load_checkpoint(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store beside the weights what the calibration depends on."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.map_options}
+        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}

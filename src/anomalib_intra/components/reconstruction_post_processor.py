@@ -10,13 +10,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.nn.functional import interpolate
 
 from anomalib_intra.components.anomaly_map import Deviation, anomaly_map, image_score
+from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.data.image_files import common_size, masks_of_files
 
 _DEVIATIONS = get_args(Deviation)
-_PAPER = {"colour_weight": 0.0, "deviation": "squared"}
+#: The options on which difference and anomaly maps depend, and what they are in the paper.
+PAPERS_MAP: dict[str, Any] = {"colour_weight": 0.0, "deviation": "squared"}
 
 
 class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
@@ -26,27 +28,30 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     raw maps and scores lie in [0, 1]. The training mean is computed once, when training ends, and stored with the
     thresholds in the checkpoint.
 
-    Normalization and thresholds are those of :class:`UnsaturatedPostProcessor`.
+    Normalization and thresholds are those of :class:`UnsaturatedPostProcessor`. Here, too, a setting that is None is as
+    in the checkpoint that is loaded, and has its default without one.
 
     Args:
-        enable_normalization (bool): Normalize scores and maps; False gives the raw ones of eq. 17 and 18.
-        enable_thresholding (bool): Predict labels and masks.
-        image_sensitivity (float): Sensitivity of image decisions in (0, 1); at the default of 0.5 the threshold itself
-            decides, higher values call more images anomalous.
-        pixel_sensitivity (float): The same for pixels.
-        image_quantile (float): Share of held-out normal images at or below the image threshold.
-        pixel_quantile (float): Share of their pixels at or below the pixel threshold.
-        original_size (bool): Resize anomaly maps to the size of the image files before taking the maximum, and compare
-            them with the masks at that size, as the paper does; False works at the model's size.
-        colour_weight (float): Weight in [0, 1] of a colour term in the difference map, beside the gradient term of
-            eq. 16, which does not see a colour that changes evenly. 0 is the paper's map.
-        deviation (str): ``"squared"`` deviation from the training mean (eq. 17); ``"positive"`` counts only what
-            differs more than in the training images; ``"scaled"`` divides it by the standard deviation over the
-            training images, drawn half way towards its mean over all pixels; ``"half"`` is for models whose difference
-            maps are logits.
+        enable_normalization (bool | None): Normalize scores and maps, the default; False gives the raw ones of eq. 17
+            and 18.
+        enable_thresholding (bool | None): Predict labels and masks, the default.
+        image_sensitivity (float | None): Sensitivity of image decisions in (0, 1); at the default of 0.5 the threshold
+            itself decides, higher values call more images anomalous.
+        pixel_sensitivity (float | None): The same for pixels.
+        image_quantile (float | None): Share of held-out normal images at or below the image threshold. Defaults to
+            0.99.
+        pixel_quantile (float | None): Share of their pixels at or below the pixel threshold. Defaults to 0.999.
+        original_size (bool | None): Resize anomaly maps to the size of the image files before taking the maximum, and
+            compare them with the masks at that size, as the paper does; False, the default, works at the model's size.
+        colour_weight (float | None): Weight in [0, 1] of a colour term in the difference map, beside the gradient term
+            of eq. 16, which does not see a colour that changes evenly. 0, the default, is the paper's map.
+        deviation (str | None): ``"squared"`` deviation from the training mean (eq. 17), the default; ``"positive"``
+            counts only what differs more than in the training images; ``"scaled"`` divides it by the standard deviation
+            over the training images, drawn half way towards its mean over all pixels; ``"half"`` is for models whose
+            difference maps are logits.
 
     Raises:
-        ValueError: If ``colour_weight`` or ``deviation`` has no such value.
+        ValueError: If a setting has no such value.
 
     ``colour_weight`` and ``deviation`` are not in the paper; docs/results.md has what they gain and lose. Both may be
     asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
@@ -66,19 +71,20 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
 
     def __init__(
         self,
-        enable_normalization: bool = True,
-        enable_thresholding: bool = True,
-        image_sensitivity: float = 0.5,
-        pixel_sensitivity: float = 0.5,
-        image_quantile: float = 0.99,
-        pixel_quantile: float = 0.999,
-        original_size: bool = False,
-        colour_weight: float = 0.0,
-        deviation: Deviation = "squared",
+        enable_normalization: bool | None = None,
+        enable_thresholding: bool | None = None,
+        image_sensitivity: float | None = None,
+        pixel_sensitivity: float | None = None,
+        image_quantile: float | None = None,
+        pixel_quantile: float | None = None,
+        original_size: bool | None = None,
+        colour_weight: float | None = None,
+        deviation: Deviation | None = None,
     ) -> None:
-        if not 0 <= colour_weight <= 1:
-            raise ValueError(f"colour_weight must be in [0, 1], got {colour_weight}.")
-        if deviation not in _DEVIATIONS:
+        given = asked(original_size=original_size, colour_weight=colour_weight, deviation=deviation)
+        chosen: dict[str, Any] = {"original_size": False, **PAPERS_MAP, **given}
+        check_shares(closed=True, colour_weight=chosen["colour_weight"])
+        if chosen["deviation"] not in _DEVIATIONS:
             raise ValueError(f"deviation must be one of {', '.join(map(repr, _DEVIATIONS))}, got {deviation!r}.")
         super().__init__(
             enable_normalization=enable_normalization,
@@ -88,9 +94,10 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             image_quantile=image_quantile,
             pixel_quantile=pixel_quantile,
         )
-        self.original_size = original_size
-        self.colour_weight = colour_weight
-        self.deviation = deviation
+        self.asked_settings |= given
+        self.original_size: bool = chosen["original_size"]
+        self.colour_weight: float = chosen["colour_weight"]
+        self.deviation: Deviation = chosen["deviation"]
         self.register_buffer("training_mean", torch.empty(0))
         self.register_buffer("training_std", torch.empty(0))
         self.register_buffer("suspicion_threshold", torch.tensor(torch.nan))
@@ -99,24 +106,15 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "original_size", "colour_weight", "deviation")
 
-    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
-        """Restore settings; what is asked for now beyond the defaults outlives a checkpoint made without it.
-
-        Args:
-            config (dict[str, Any]): Settings from a checkpoint.
-        """
-        asked = {**self.asked_options, **({"original_size": True} if self.original_size else {})}
-        super().load_checkpoint_config({**config, **asked})
+    @property
+    def calibrated_with(self) -> dict[str, Any]:
+        """The settings on which training mean and thresholds depend."""
+        return {name: getattr(self, name) for name in (*PAPERS_MAP, "image_quantile", "pixel_quantile")}
 
     @property
-    def map_options(self) -> dict[str, Any]:
-        """The options on which difference and anomaly maps depend."""
-        return {name: getattr(self, name) for name in _PAPER}
-
-    @property
-    def asked_options(self) -> dict[str, Any]:
-        """Those of them that are not the paper's."""
-        return {name: value for name, value in self.map_options.items() if value != _PAPER[name]}
+    def asked_calibration(self) -> dict[str, Any]:
+        """Those of them that were given."""
+        return {name: value for name, value in self.calibrated_with.items() if name in self.asked_settings}
 
     # ---- from reconstruction to raw map ------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
+from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.training.processes import gathered
 
@@ -53,14 +54,21 @@ class UnsaturatedPostProcessor(PostProcessor):
     Thresholds are those of the best F1 score where the validation images hold labelled anomalies, and otherwise
     quantiles of the held-out normal images.
 
+    A setting that is None is as in the checkpoint that is loaded, and has its default without one; one that is given
+    outlives a checkpoint made with another.
+
     Args:
-        enable_normalization (bool): Normalize scores and maps; False gives the raw ones.
-        enable_thresholding (bool): Predict labels and masks.
-        image_sensitivity (float): Sensitivity of image decisions in (0, 1); at the default of 0.5 the threshold itself
-            decides, higher values call more images anomalous.
-        pixel_sensitivity (float): The same for pixels.
-        image_quantile (float): Share of held-out normal images at or below the image threshold.
-        pixel_quantile (float): Share of their pixels at or below the pixel threshold.
+        enable_normalization (bool | None): Normalize scores and maps, the default; False gives the raw ones.
+        enable_thresholding (bool | None): Predict labels and masks, the default.
+        image_sensitivity (float | None): Sensitivity of image decisions in (0, 1); at the default of 0.5 the threshold
+            itself decides, higher values call more images anomalous.
+        pixel_sensitivity (float | None): The same for pixels.
+        image_quantile (float | None): Share of held-out normal images at or below the image threshold. Defaults to
+            0.99.
+        pixel_quantile (float | None): Share of their pixels at or below the pixel threshold. Defaults to 0.999.
+
+    Raises:
+        ValueError: If a sensitivity or a quantile is no share.
 
     Example:
         >>> post_processor = UnsaturatedPostProcessor(enable_normalization=False)
@@ -71,26 +79,36 @@ class UnsaturatedPostProcessor(PostProcessor):
 
     def __init__(
         self,
-        enable_normalization: bool = True,
-        enable_thresholding: bool = True,
-        image_sensitivity: float = 0.5,
-        pixel_sensitivity: float = 0.5,
-        image_quantile: float = 0.99,
-        pixel_quantile: float = 0.999,
+        enable_normalization: bool | None = None,
+        enable_thresholding: bool | None = None,
+        image_sensitivity: float | None = None,
+        pixel_sensitivity: float | None = None,
+        image_quantile: float | None = None,
+        pixel_quantile: float | None = None,
     ) -> None:
-        super().__init__(
-            enable_normalization=enable_normalization,
-            enable_thresholding=enable_thresholding,
-            image_sensitivity=image_sensitivity,
-            pixel_sensitivity=pixel_sensitivity,
-        )
-        self.image_quantile = image_quantile
-        self.pixel_quantile = pixel_quantile
+        sensitivities = asked(image_sensitivity=image_sensitivity, pixel_sensitivity=pixel_sensitivity)
+        quantiles = asked(image_quantile=image_quantile, pixel_quantile=pixel_quantile)
+        check_shares(closed=False, **sensitivities)
+        check_shares(closed=True, **quantiles)
+        switches = asked(enable_normalization=enable_normalization, enable_thresholding=enable_thresholding)
+        super().__init__(**switches, **sensitivities)
+        self.image_quantile: float = quantiles.get("image_quantile", 0.99)
+        self.pixel_quantile: float = quantiles.get("pixel_quantile", 0.999)
+        #: The settings that were given, which outlive a checkpoint made with others.
+        self.asked_settings: dict[str, Any] = {**switches, **sensitivities, **quantiles}
         self._forget()
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
         return (*super()._checkpoint_config_keys, "image_quantile", "pixel_quantile")
+
+    def load_checkpoint_config(self, config: dict[str, Any]) -> None:
+        """Restore settings but for those that were given.
+
+        Args:
+            config (dict[str, Any]): Settings from a checkpoint.
+        """
+        super().load_checkpoint_config({**config, **self.asked_settings})
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 

@@ -20,10 +20,20 @@ from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, random_state, set_random_state
-from anomalib_intra.training.command_line import drop_unreadable, seed_as_commanded
-from anomalib_intra.training.internals import evaluation_source, trainer_of, training_source, validation_source
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO
+from anomalib_intra.training.command_line import command_line, drop_unreadable, seed_as_commanded
+from anomalib_intra.training.console import print_each_line_once
+from anomalib_intra.training.internals import (
+    evaluation_source,
+    is_trial,
+    trainer_of,
+    training_source,
+    validation_source,
+)
+from anomalib_intra.training.one_run import OneRun
 from anomalib_intra.training.processes import share_run_folder
+from anomalib_intra.training.random_state import random_state, set_random_state
+from anomalib_intra.training.tuners import PostponedFinders, refuse_batch_size_finder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -68,6 +78,8 @@ class TrainedModule(CalibratedModule):
         self._sample_seed: int | None = None
         self._random_state: dict[str, Any] | None = None
         self._resumed_from: str | None = None
+        self._finders = PostponedFinders()
+        self._first_epoch = 0
         self._val_loss = MeanMetric()
         #: A row for each epoch trained: ``epoch`` and, where there was one, ``train_loss`` and ``val_loss``.
         self.losses: list[dict[str, float]] = []
@@ -87,13 +99,17 @@ class TrainedModule(CalibratedModule):
 
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what watches a training, and a report unless pictures are switched off or the user brought their own."""
+        refuse_batch_size_finder(self.trainer, self.name)
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
+        if command_line(self):
+            print_each_line_once()
         callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
         # One that is there already too: it must come after the post-processor, which gives it scores.
         all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         reports = [callback for callback in all_there if isinstance(callback, RunReport)]
         reports = reports or [RunReport()] * bool(self.visualizer)
-        return [*callbacks, FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd(), *reports]
+        runs = [callback for callback in all_there if isinstance(callback, OneRun)] or [OneRun()]
+        return [*callbacks, *runs, FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd(), *reports]
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -110,6 +126,10 @@ class TrainedModule(CalibratedModule):
         """
         super().setup(stage)
         if stage == "fit":
+            # What another run left in the model; one that goes on from a checkpoint finds its own there.
+            self._sample_seed = self._random_state = self._resumed_from = None
+            self.losses = []
+            self._finders.hold_back(self.trainer)
             seed_as_commanded(self, self.reset_parameters)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
@@ -146,6 +166,12 @@ class TrainedModule(CalibratedModule):
         )
         training.instance = self._loader
         validation.instance = self._images.held_out
+        self._first_epoch = self.current_epoch
+        self.get_ready()
+        self._finders.run(self.trainer, self)
+
+    def get_ready(self) -> None:
+        """Compute what a model needs before its first step; the loaders are there."""
 
     def on_train_start(self) -> None:
         """Go on with the random numbers of the run that is resumed."""
@@ -159,7 +185,25 @@ class TrainedModule(CalibratedModule):
         assert self._loader is not None
         self._loader.epoch = self.current_epoch
 
+    def log_train_loss(self, loss: torch.Tensor, count: int) -> None:
+        """Log the loss of a step, and show it.
+
+        Args:
+            loss (torch.Tensor): Mean loss of the step, a scalar.
+            count (int): Samples of the step.
+        """
+        self.log("train_loss", loss, on_step=True, on_epoch=True, batch_size=count)
+        # Under a short name, and once: with val_loss it fits into a line of the progress bar.
+        self.log("loss", loss.detach(), prog_bar=True, logger=False, batch_size=count)
+
     def on_train_end(self) -> None:
+        """End the training, or a trial, of which nothing stays."""
+        if not is_trial(self.trainer):
+            self.end_training()
+        elif self._loader is not None:
+            self._loader.epoch = self._first_epoch
+
+    def end_training(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
         kept = self.trainer.checkpoint_callback
         best = getattr(kept, "best_model_path", "")
@@ -185,7 +229,7 @@ class TrainedModule(CalibratedModule):
         if self._images is not None:
             self._resumed_from = str(self.trainer.ckpt_path)
             self.to(self.trainer.strategy.root_device)  # which Lightning has taken the model from by now
-            self.on_train_end()
+            self.end_training()
             self.cpu()
 
     # ---- validation --------------------------------------------------------------------------------------------------
@@ -239,8 +283,11 @@ class TrainedModule(CalibratedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what was stored, whichever metrics the model was tested with."""
         super().on_load_checkpoint(checkpoint)
-        self._sample_seed = checkpoint.get("draw_seed")
-        self._random_state = checkpoint.get("random_state")
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            # The run goes on. A model that is only loaded is trained anew, on other samples.
+            self._sample_seed = checkpoint.get("draw_seed")
+            self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)
         self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)

@@ -4,12 +4,14 @@
 from pathlib import Path
 from typing import Any
 
-from anomalib.utils.path import generate_output_filename
-from anomalib.visualization import Visualizer
+from anomalib.data import ImageBatch
+from anomalib.visualization import ImageVisualizer, Visualizer
+from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import Trainer
 from PIL import Image
 
 from anomalib_intra.components.batch import InTraBatch, InTraItem
+from anomalib_intra.components.picture_paths import PicturePaths
 from anomalib_intra.report.panels import draw_panels, side_by_side
 
 
@@ -33,6 +35,8 @@ class InTraVisualizer(Visualizer):
         (524, 152)
     """
 
+    _paths: PicturePaths
+
     def __init__(self, field_size: tuple[int, int] = (256, 256), output_dir: str | Path | None = None) -> None:
         super().__init__()
         self.field_size = field_size
@@ -51,27 +55,50 @@ class InTraVisualizer(Visualizer):
         """
         return side_by_side(draw_panels(item, self.field_size, scale))
 
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin to name the pictures anew, in the folder of this run."""
+        del pl_module
+        self._paths = PicturePaths(Path(self.output_dir or Path(trainer.default_root_dir) / "images"))
+
+    on_predict_start = on_test_start
+
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: InTraBatch, batch: InTraBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Save the pictures of a batch."""
         del outputs, args, kwargs
-        folder = Path(self.output_dir or Path(trainer.default_root_dir) / "images")
-        datamodule = getattr(trainer, "datamodule", None)
-        root = getattr(datamodule, "root", None)
         for item in batch:
-            filename = generate_output_filename(
-                input_path=item.image_path or "image.png",
-                output_path=folder,
-                # Pictures keep their folders below the data set's, whatever that is called.
-                dataset_name=Path(root).name if root else getattr(datamodule, "name", None),
-                category=getattr(datamodule, "category", None),
-            )
-            scale = pl_module.post_processor.display_scale
-            self.visualize(item, scale).save(filename)  # type: ignore[arg-type]  # (items are of item_class)
+            picture = self.visualize(item, pl_module.post_processor.display_scale)  # type: ignore[arg-type]  # (item_class)
+            picture.save(self._paths.of(item.image_path, trainer))
 
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: InTraBatch, batch: InTraBatch, *args: Any, **kwargs: Any
+    on_predict_batch_end = on_test_batch_end
+
+
+class NamedImageVisualizer(ImageVisualizer):
+    """anomalib's pictures, each in a file of its own, in the folder of the run that is under way.
+
+    anomalib's own lets images of equal names, and all without a path, write over each other, and keeps to the folder of
+    its first run.
+    """
+
+    _paths: PicturePaths
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin to name the pictures anew, in the folder of this run."""
+        del pl_module
+        self._paths = PicturePaths(Path(self.output_dir or Path(trainer.default_root_dir) / "images"))
+
+    on_predict_start = on_test_start
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: ImageBatch, batch: ImageBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Save the pictures of a batch."""
-        self.on_test_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+        del pl_module, outputs, args, kwargs
+        settings = ("fields", "overlay_fields", "field_size", "fields_config", "overlay_fields_config", "text_config")
+        for item in batch:
+            picture = visualize_image_item(item, **{name: getattr(self, name) for name in settings})
+            if picture is not None:
+                picture.save(self._paths.of(item.image_path, trainer))
+
+    on_predict_batch_end = on_test_batch_end

@@ -5,13 +5,13 @@ import torch
 
 
 def check_range(images: torch.Tensor) -> None:
-    """Refuse images with values that are not finite or not in [0, 1].
+    """Refuse images with values that are not finite or not in [0, 1], and batches without any.
 
     Args:
         images (torch.Tensor): Images of any shape.
 
     Raises:
-        ValueError: If there are such values.
+        ValueError: If there are such values, or no images.
 
     Example:
         >>> check_range(torch.tensor([0.0, float("nan")]))
@@ -19,6 +19,9 @@ def check_range(images: torch.Tensor) -> None:
         ...
         ValueError: Images hold NaN or infinite values; the model needs finite values in [0, 1].
     """
+    if images.numel() == 0:
+        msg = f"The batch holds no images (shape {tuple(images.shape)}); the model needs at least one."
+        raise ValueError(msg)
     low, high = images.aminmax()
     if not torch.isfinite(low + high):
         msg = "Images hold NaN or infinite values; the model needs finite values in [0, 1]."

@@ -9,7 +9,7 @@ from anomalib.data.datasets.image.mvtecad import CATEGORIES
 from anomalib.data.utils import ValSplitMode
 from anomalib.data.utils.path import contains_non_printable_characters, is_path_too_long
 
-from anomalib_intra.data.normal_images import held_out_indices
+from anomalib_intra.data.normal_images import HELD_OUT_MOST, HELD_OUT_SHARE, held_out_indices
 
 
 class MVTec(MVTecAD):
@@ -23,10 +23,13 @@ class MVTec(MVTecAD):
         category (str): Category, such as ``"bottle"``.
         val_split_mode (ValSplitMode | str): ``from_train`` is the paper's; anomalib's other modes work as well.
         seed (int): Seed of the choice.
+        val_split_ratio (float | None): Share of the images that anomalib's other modes take, 0.5 by default. With
+            ``from_train`` there is none to give: the share is the paper's.
         **kwargs: As for :class:`anomalib.data.MVTecAD` (batch sizes, workers, augmentations, ...).
 
     Raises:
-        ValueError: If there is no such category, or anomalib does not read from such a path.
+        ValueError: If there is no such category, anomalib does not read from such a path, or a share is given that
+            would not be heeded.
 
     Example:
         >>> MVTec(category="bottle").name
@@ -51,6 +54,7 @@ metal_nut, pill, screw, tile, toothbrush, transistor, wood, zipper.
         num_workers: int = 8,
         val_split_mode: ValSplitMode | str = ValSplitMode.FROM_TRAIN,
         seed: int = 0,
+        val_split_ratio: float | None = None,
         **kwargs: Any,
     ) -> None:
         if category not in self.categories:
@@ -63,6 +67,13 @@ metal_nut, pill, screw, tile, toothbrush, transistor, wood, zipper.
                 "root as a shorter path, one relative to the working directory, or a link."
             )
             raise ValueError(msg)
+        if val_split_ratio is not None and ValSplitMode(val_split_mode) == ValSplitMode.FROM_TRAIN:
+            msg = (
+                f"{type(self).__name__} holds out the paper's {HELD_OUT_SHARE:.0%} of the training images, at most "
+                f"{HELD_OUT_MOST}: leave val_split_ratio={val_split_ratio} out, or take anomalib's MVTecAD with "
+                "val_split_mode=from_train."
+            )
+            raise ValueError(msg)
         super().__init__(
             root=root,
             category=category,
@@ -70,6 +81,7 @@ metal_nut, pill, screw, tile, toothbrush, transistor, wood, zipper.
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
             val_split_mode=val_split_mode,
+            val_split_ratio=0.5 if val_split_ratio is None else val_split_ratio,
             seed=seed,
             **kwargs,
         )

@@ -5,7 +5,7 @@ InTra: Inpainting Transformer for Anomaly Detection, Pirnay and Chai, https://ar
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 
 from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.reconstruction import Comparison, Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
@@ -118,6 +119,8 @@ class InTra(ReconstructionModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
+        check_counts(windows_per_image=windows_per_image, window_batch_size=window_batch_size)
+        check_weights(learning_rate=learning_rate, alpha=alpha, beta=beta, patience=patience)
         image_size = (image_size[0], image_size[1])
         super().__init__(
             image_size,
@@ -207,7 +210,7 @@ class InTra(ReconstructionModule):
         """
         del args, kwargs
         loss = self.loss_of(batch)
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
+        self.log_train_loss(loss, len(batch))
         return loss
 
     def loss_of(self, batch: WindowBatch) -> torch.Tensor:
@@ -239,6 +242,36 @@ class InTra(ReconstructionModule):
 
     def _as_images(self, patches: torch.Tensor) -> torch.Tensor:
         return rearrange(patches, "b (k1 k2 c) -> b c k1 k2", k1=self.patch_size, k2=self.patch_size)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Write out what the arguments of a model mean, for MFSA its feature dimension among them.
+
+        Args:
+            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
+
+        Returns:
+            dict[str, Any]: All arguments; equal models have equal ones.
+
+        Example:
+            >>> [InTra.completed({"attention": attention})["feature_dim"] for attention in ("mfsa", "msa")]
+            [256, None]
+        """
+        complete = super().completed(arguments)
+        of_mfsa = complete["feature_dim"] or complete["embed_dim"] // 2
+        return {**complete, "feature_dim": of_mfsa if complete["attention"] == "mfsa" else None}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store beside the weights what they mean in the middle of an even number of blocks."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["doubles_middle"] = self.model.doubles_middle
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; older versions did not say so, but did it."""
+        super().on_load_checkpoint(checkpoint)
+        self.model.doubles_middle = checkpoint.get("doubles_middle", True)
 
     # ---- second pass -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from einops import rearrange, reduce, repeat
 from timm.layers import Mlp, trunc_normal_
 from torch import nn
 
+from anomalib_intra.components.arguments import check_counts
 from anomalib_intra.components.reconstruction import Reconstruction
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
@@ -60,7 +61,9 @@ class InpaintingTransformer(nn.Module):
         feature_dim (int | None): Dimension F of queries and keys in MFSA. Defaults to ``embed_dim // 2``.
         attention (str): ``"mfsa"`` (eq. 10) or ``"msa"`` (eq. 6).
         position (str): ``"global"`` (eq. 2) or ``"local"`` (eq. 1).
-        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < n // 2.
+        long_residuals (bool): Add the output of block i to the input of block n - 1 - i, for i < (n - 1) // 2. The
+            paper has 13 blocks, of which the middle one stands alone; of an even number, the two in the middle do: what
+            one gives is the other's input already.
         readout (str): ``"mean"`` over the sequence or the hidden patch's ``"token"``.
         window_shift (int): Reconstruct each patch as the mean of what all windows give whose centre is up to this many
             patches away from it, ``(2 * window_shift + 1) ** 2`` of them. 0 takes the central one (sec. 3.5).
@@ -75,6 +78,9 @@ class InpaintingTransformer(nn.Module):
     """
 
     blocks: Sequence[TransformerBlock]
+    #: Whether, of an even number of blocks, the input of the second in the middle is doubled: the output of the first
+    #: is added to itself. Models trained by older versions do that, and so does what was pickled by one.
+    doubles_middle = True
 
     def __init__(
         self,
@@ -95,6 +101,8 @@ class InpaintingTransformer(nn.Module):
         _check_option("attention", attention, ("mfsa", "msa"))
         _check_option("position", position, ("global", "local"))
         _check_option("readout", readout, ("mean", "token"))
+        sizes = {"patch_size": patch_size, "window_size": window_size, "embed_dim": embed_dim, "num_heads": num_heads}
+        check_counts(**sizes, depth=depth, **({} if feature_dim is None else {"feature_dim": feature_dim}))
         height, width = image_size
         check_image_size(height, width, patch_size, window_size)
         if not 0 <= window_shift <= window_size // 2:
@@ -108,6 +116,7 @@ class InpaintingTransformer(nn.Module):
         self.long_residuals = long_residuals
         self.readout = readout
         self.window_shift = window_shift
+        self.doubles_middle = False
 
         def self_attention() -> MultiheadSelfAttention:
             if attention == "msa":
@@ -198,8 +207,9 @@ class InpaintingTransformer(nn.Module):
         depth = len(self.blocks)
         outputs: list[torch.Tensor] = []
         for n, block in enumerate(self.blocks):
-            if self.long_residuals and n >= depth - depth // 2:
-                y = y + outputs[depth - 1 - n]
+            source = depth - 1 - n
+            if self.long_residuals and (source < n - 1 or (source == n - 1 and self.doubles_middle)):
+                y = y + outputs[source]
             y = block(y)
             outputs.append(y)
         mean = self.readout == "mean"

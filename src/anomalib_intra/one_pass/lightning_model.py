@@ -21,7 +21,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
-from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.components.trained_module import Sampling
 from anomalib_intra.data.images import ImageSamples, cut_images, sample_images
 from anomalib_intra.data.samples import as_fractions
@@ -114,6 +113,10 @@ class OnePassInTra(ReconstructionModule):
         if minutes is not None and minutes <= 0:
             msg = f"minutes must be more than 0, got {minutes}; None trains for the trainer's epochs."
             raise ValueError(msg)
+        if self.post_processor.asked_settings.setdefault("deviation", "half") != "half":
+            msg = "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor."
+            raise ValueError(msg)
+        self.post_processor.deviation = "half"
         self.learning_rate = learning_rate
         self.images_per_step = images_per_step
         self.minutes = minutes
@@ -125,14 +128,6 @@ class OnePassInTra(ReconstructionModule):
         self._step_started = 0.0
 
     # ---- components --------------------------------------------------------------------------------------------------
-
-    def configure_post_processor(self) -> PostProcessor:
-        """Difference maps here are logits, of which half the training mean is taken off.
-
-        Returns:
-            PostProcessor: An :class:`InTraPostProcessor`.
-        """
-        return InTraPostProcessor(deviation="half")
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with one cycle of the learning rate, unless the command line names others.

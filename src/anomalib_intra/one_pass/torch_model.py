@@ -14,6 +14,7 @@ from timm.layers import Mlp, trunc_normal_
 from torch import nn
 from torch.nn.functional import pad
 
+from anomalib_intra.components.arguments import check_counts
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.one_pass.attention import BlockGrid, CrossAttention, ring_bias
 from anomalib_intra.one_pass.comparison import ComparisonHead
@@ -115,6 +116,8 @@ class OnePassTransformer(nn.Module):
         radii: tuple[int, ...] = (0, 1, 2),
     ) -> None:
         super().__init__()
+        sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "num_heads": num_heads, "block_size": block_size}
+        check_counts(**sizes, depth=depth)
         radii = tuple(radii)
         if embed_dim % num_heads:
             msg = f"num_heads={num_heads} must divide embed_dim={embed_dim}."

@@ -17,8 +17,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from torch import nn
 
+from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
+from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.normal_images import NormalImages, Share
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, sample_pairs
@@ -74,6 +76,8 @@ class PatchSVDD(TrainedModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         check_trainable(image_size)
+        check_counts(pairs_per_image=pairs_per_image, pair_batch_size=pair_batch_size)
+        check_weights(learning_rate=learning_rate, svdd_weight=svdd_weight)
         super().__init__(
             (image_size[0], image_size[1]),
             pre_processor,
@@ -86,6 +90,15 @@ class PatchSVDD(TrainedModule):
         self.pair_batch_size = pair_batch_size
         self.model = PatchSVDDModel(self.image_size)
         self.loss = PatchSVDDLoss(svdd_weight)
+
+    @classmethod
+    def configure_visualizer(cls) -> Visualizer:
+        """Name the pictures of anomalib.
+
+        Returns:
+            Visualizer: A :class:`NamedImageVisualizer`.
+        """
+        return NamedImageVisualizer()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, for the encoder and the position classifiers, unless the command line names another optimizer.
@@ -109,9 +122,8 @@ class PatchSVDD(TrainedModule):
         """Pairs of patches."""
         return Sampling(sample_pairs, self.pairs_per_image, self.pair_batch_size)
 
-    def on_fit_start(self) -> None:
+    def get_ready(self) -> None:
         """Forget the memory bank, and compute the mean training image, which is subtracted from all images."""
-        super().on_fit_start()
         assert self._images is not None
         self.model.empty_memory_bank()
         self.model.mean_image.copy_(self.mean_training_image(self._images))
@@ -130,7 +142,7 @@ class PatchSVDD(TrainedModule):
         del args, kwargs
         terms = self._loss_of(batch)
         count: dict[str, Any] = {"batch_size": len(batch)}
-        self.log("train_loss", terms.total, prog_bar=True, on_step=True, on_epoch=True, **count)
+        self.log_train_loss(terms.total, len(batch))
         self.log("train_position_loss", terms.position, on_step=False, on_epoch=True, **count)
         self.log("train_svdd_loss", terms.svdd, on_step=False, on_epoch=True, **count)
         return terms.total

@@ -200,7 +200,7 @@ def auroc(anomalous: Series, normal: Series) -> float:
         normal (Series): Scores of normal images, alike.
 
     Returns:
-        float: The AUROC in [0, 1], NaN where one of both is empty.
+        float: The AUROC in [0, 1], NaN where nothing is left of one of both.
 
     Example:
         >>> auroc(Series([0.9, 0.4]), Series([0.1, 0.5]))

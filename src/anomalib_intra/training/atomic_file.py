@@ -4,6 +4,7 @@
 import os
 from collections.abc import Callable
 from pathlib import Path
+from uuid import uuid4
 
 
 def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:
@@ -27,7 +28,8 @@ def write_atomically(path: Path, content: str | Callable[[Path], object]) -> Non
         ['losses.csv']
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    # Numbers of processes are the same in many containers, which may share a folder.
+    part = path.with_name(f"{path.name}.{uuid4().hex}.part")
     try:
         if callable(content):
             content(part)

@@ -66,7 +66,7 @@ class FiniteLoss(Callback):
 
 
 class Throughput(Callback):
-    """Shows how many samples a second are trained on.
+    """Logs how many samples a second are trained on; the progress bar has the steps a second.
 
     The clock starts at the end of an epoch's first step, before which images are read.
     """
@@ -88,7 +88,7 @@ class Throughput(Callback):
             return
         self._samples += len(batch)
         speed = self._samples / (time.monotonic() - self._started)
-        pl_module.log(f"{pl_module.samples_name}/s", speed, prog_bar=True, batch_size=1)
+        pl_module.log(f"{pl_module.samples_name}/s", speed, batch_size=1)
 
 
 class LossHistory(Callback):

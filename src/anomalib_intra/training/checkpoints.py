@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, random numbers, how all are written."""
+"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, how both are written."""
 
 import logging
-import random
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import numpy as np
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from anomalib_intra.training.agreement import Agreement
 from anomalib_intra.training.atomic_file import write_atomically
+from anomalib_intra.training.stop_signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +125,8 @@ class LastCheckpoint(Checkpoint):
     """Saves ``last.ckpt`` to resume from: at the ends of epochs, within long ones, and when told to stop.
 
     At most five minutes of training are lost. At the ends of short epochs it saves only as often as costs a twentieth
-    of the time. Ctrl-C ends the step, saves and stops; a second one stops at once.
+    of the time. Ctrl-C, or a signal to terminate, ends the step, saves and stops; a second one stops at once. Of
+    several processes, all stop at the same step, whichever of them was told to.
 
     Args:
         dirpath (str | Path | None): Folder for the checkpoint. Defaults to ``weights`` in the run's folder.
@@ -138,8 +137,8 @@ class LastCheckpoint(Checkpoint):
         self.path: Path | None = None
         self._saved_step: int | None = None
         self._saved_at = self._saving_took = 0.0
-        self._told_to_stop = False
-        self._handler_before: Any = None
+        self._agreement = Agreement()
+        self._signals = StopSignals()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out where to save."""
@@ -148,44 +147,35 @@ class LastCheckpoint(Checkpoint):
         self.path = Path(dirpath) / "last.ckpt"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and let Ctrl-C end the step instead of breaking into it."""
+        """Start the clock, and let signals end the step instead of breaking into it."""
         del pl_module
         self._saved_at = time.monotonic()
-        self._told_to_stop = False
-        if threading.current_thread() is threading.main_thread():
-            self._handler_before = signal.signal(signal.SIGINT, lambda *_: self._stop(trainer))
+        self._agreement = Agreement()
+        self._signals.listen(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
         """Save within a long epoch, or when told to stop."""
         del pl_module, args, kwargs
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            return  # validation and the end of the epoch follow
-        wanted = self._told_to_stop or time.monotonic() - self._saved_at > _MOST_LOST
-        if trainer.strategy.reduce_boolean_decision(wanted, all=False):
-            self._save(trainer)
-        if self._told_to_stop:
-            raise KeyboardInterrupt
+        # (after the last batch, validation and the end of the epoch follow)
+        if self._agreement.is_due(trainer) and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._save_or_stop(trainer, time.monotonic() - self._saved_at > _MOST_LOST)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save where that is cheap."""
         del pl_module
-        cheap = time.monotonic() - self._saved_at >= self._saving_took / _SHARE_FOR_SAVING
-        if trainer.strategy.reduce_boolean_decision(cheap or self._told_to_stop, all=False):
-            self._save(trainer)
-        if self._told_to_stop:
-            raise KeyboardInterrupt
+        self._save_or_stop(trainer, time.monotonic() - self._saved_at >= self._saving_took / _SHARE_FOR_SAVING)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the end of the run, so that it can be made longer."""
         del pl_module
         if self._saved_step != trainer.global_step:
             self._save(trainer)
-        self._restore_handler()
+        self._signals.leave()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say how to go on."""
         del pl_module
-        self._restore_handler()
+        self._signals.leave()
         if trainer.state.fn == "fit" and isinstance(exception, KeyboardInterrupt):
             there = self.path is not None and self.path.is_file()
             logger.warning(
@@ -195,23 +185,20 @@ class LastCheckpoint(Checkpoint):
                 else "Nothing had been saved yet.",
             )
 
+    def _save_or_stop(self, trainer: Trainer, is_time: bool) -> None:
+        save, stop = self._agreement.any_of(trainer, is_time, self._signals.told_to_stop)
+        if save or stop:
+            self._save(trainer)
+        if stop:
+            raise KeyboardInterrupt
+
     def _save(self, trainer: Trainer) -> None:
         started = time.monotonic()
-        trainer.save_checkpoint(self.path)  # type: ignore[arg-type]  # found out by setup
+        # All of it, optimizer too; said so, since Lightning would tell at each save what it takes this for.
+        trainer.save_checkpoint(self.path, weights_only=False)  # type: ignore[arg-type]  # found out by setup
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         self._saving_took = self._saved_at - started
-
-    def _stop(self, trainer: Trainer) -> None:
-        if self._told_to_stop or not trainer.training:
-            raise KeyboardInterrupt
-        self._told_to_stop = True
-        logger.warning("Stopping after this step. Ctrl-C again stops at once.")
-
-    def _restore_handler(self) -> None:
-        if self._handler_before is not None:
-            signal.signal(signal.SIGINT, self._handler_before)
-            self._handler_before = None
 
 
 def keep_best_and_last(trainer: Trainer) -> list[Checkpoint]:
@@ -225,44 +212,26 @@ def keep_best_and_last(trainer: Trainer) -> list[Checkpoint]:
     """
     present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
     checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
-    if len(checkpoints) != 1 or not _is_engine_default(checkpoints[0]):
+    if len(checkpoints) != 1:
+        return []
+    if not _is_engine_default(checkpoints[0]):
+        if trainer.state.fn == "fit" and _is_in_the_engines_place(checkpoints[0], trainer):
+            logger.warning(
+                "%s keeps the last epoch, not the best, and the last epoch will be tested: give the Engine "
+                'callbacks=[ModelCheckpoint(monitor="val_loss")], of anomalib.callbacks.',
+                type(checkpoints[0]).__name__,
+            )
         return []
     present.remove(checkpoints[0])
     return [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
 
 
+def _is_in_the_engines_place(checkpoint: Any, trainer: Trainer) -> bool:
+    """Tell whether a checkpoint of the last epoch is the Engine's or Trainer's own, changed by an update, say."""
+    folder = getattr(checkpoint, "dirpath", None)
+    place = Path(trainer.default_root_dir) / "weights" / "lightning"
+    return getattr(checkpoint, "monitor", None) is None and (folder is None or Path(folder) == place)
+
+
 def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:
     return type(checkpoint) is ModelCheckpoint and checkpoint.monitor is None and checkpoint.filename == "model"
-
-
-def random_state() -> dict[str, Any]:
-    """Read the states of Python's, NumPy's and torch's generators.
-
-    Returns:
-        dict[str, Any]: Tensors, numbers and tuples, which load with ``weights_only=True``.
-
-    Example:
-        >>> state = random_state()
-        >>> first = torch.rand(3), random.random(), np.random.rand()
-        >>> set_random_state(state)
-        >>> torch.equal(first[0], torch.rand(3)), first[1] == random.random(), first[2] == np.random.rand()
-        (True, True, True)
-    """
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
-        "torch": torch.get_rng_state(),
-    }
-
-
-def set_random_state(state: dict[str, Any]) -> None:
-    """Bring the generators back to a state.
-
-    Args:
-        state (dict[str, Any]): What :func:`random_state` gave.
-    """
-    random.setstate(state["python"])
-    inner = state["numpy"]["state"]
-    np.random.set_state({**state["numpy"], "state": {**inner, "key": np.array(inner["key"], dtype=np.uint32)}})
-    torch.set_rng_state(state["torch"].cpu())

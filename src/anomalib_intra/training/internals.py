@@ -10,6 +10,7 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torchmetrics import Metric
 
 
@@ -83,6 +84,19 @@ def parser_of(cli: AnomalibCLI, command: str) -> ArgumentParser:
         ArgumentParser: Its parser.
     """
     return cli._parser(command)
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Tell whether Lightning trains on trial, to find a learning rate, and takes all back afterwards.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Returns:
+        bool: Whether it does.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+    return any(isinstance(callback, _LRCallback) for callback in callbacks)
 
 
 def forget_update(metric: Metric) -> None:

@@ -48,5 +48,6 @@ def share_run_folder(trainer: Trainer) -> None:
     trainer.strategy.barrier("run folder")
     latest = shared.parent / "latest"
     if trainer.is_global_zero and latest.is_symlink() and latest.resolve() != shared.resolve():
-        latest.unlink()
-        latest.symlink_to(shared, target_is_directory=True)
+        with suppress(OSError):  # Windows allows links to few
+            latest.unlink()
+            latest.symlink_to(shared, target_is_directory=True)

@@ -64,7 +64,9 @@ def reproduce(
 
     epochs = epochs or max(command.settings.get("trainer", {}).get("max_epochs") or 0, 0) or _EPOCHS
     done = len(read_curve(folder / "losses.csv"))
-    if (folder / "result.json").is_file() and json.loads((folder / "result.json").read_text())["ended_by_itself"]:
+    if (folder / "result.json").is_file() and json.loads((folder / "result.json").read_text(encoding="utf-8"))[
+        "ended_by_itself"
+    ]:
         epochs = done
     left = timedelta(seconds=round(forecast(command, max(0, epochs - done))))
     print(

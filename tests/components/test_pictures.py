@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every image has a picture of its own, in the folder of its own run."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from anomalib.data import ImageBatch, PredictDataset
+from anomalib.visualization import ImageVisualizer
+from lightning.pytorch import Trainer
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from anomalib_intra import InTra, PatchSVDD
+from anomalib_intra.components.picture_paths import PicturePaths
+
+from ..conftest import tiny_engine, tiny_intra
+
+
+def scoring_intra() -> InTra:
+    model = tiny_intra()
+    model.post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
+    return model
+
+
+def scoring_svdd() -> PatchSVDD:
+    torch.manual_seed(0)
+    model = PatchSVDD((128, 128))
+    model.model.bank_small = model.model.bank_big = torch.zeros(1, 64)
+    return model
+
+
+class Unnamed(Dataset):
+    """Images without a path."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((3, 64, 64), index / 5)
+
+    @staticmethod
+    def collate_fn(images: list[torch.Tensor]) -> ImageBatch:
+        return ImageBatch(image=torch.stack(images))
+
+
+def pictures(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.suffix)
+
+
+def predict(model: InTra | PatchSVDD, root: Path, dataset: Dataset) -> Path:
+    engine = tiny_engine(root, logger=False)
+    engine.predict(model, dataloaders=DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn))
+    return Path(engine.trainer.default_root_dir) / "images"
+
+
+@pytest.mark.parametrize("make", [scoring_intra, scoring_svdd])
+def test_images_without_a_path_have_a_picture_each(make: Callable, tmp_path: Path) -> None:
+    folder = predict(make(), tmp_path, Unnamed())
+    assert pictures(folder) == [f"image_{number:04}.png" for number in range(5)]
+
+
+@pytest.mark.parametrize("make", [scoring_intra, scoring_svdd])
+def test_images_of_equal_names_have_a_picture_each(make: Callable, tmp_path: Path) -> None:
+    for shift in ("early", "late"):
+        for name in ("0.png", "1.png"):
+            (tmp_path / "parts" / shift / "line").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (64, 64), "red" if shift == "late" else "blue").save(
+                tmp_path / "parts" / shift / "line" / name
+            )
+    dataset = PredictDataset(tmp_path / "parts")
+    dataset.image_filenames = sorted((tmp_path / "parts").rglob("*.png"))
+    folder = predict(make(), tmp_path / "out", dataset)
+    assert pictures(folder) == ["line/0.png", "line/0_2.png", "line/1.png", "line/1_2.png"]
+    assert (folder / "line/0.png").read_bytes() != (folder / "line/0_2.png").read_bytes()
+
+
+def test_a_model_that_is_tested_in_a_second_run_leaves_the_pictures_of_the_first(tmp_path: Path) -> None:
+    for make in (scoring_intra, scoring_svdd):
+        model = make()
+        first = predict(model, tmp_path / f"{model.name}/first", Unnamed())
+        before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+        second = predict(model, tmp_path / f"{model.name}/second", Unnamed())
+        assert len(pictures(second)) == 5
+        assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
+
+
+def test_names_are_those_of_anomalib_where_they_can_be(tmp_path: Path) -> None:
+    trainer = Trainer(logger=False, accelerator="cpu")
+    paths = PicturePaths(tmp_path)
+    for image, expected in (
+        ("data/good/0.png", "good/0.png"),
+        ("data/good/0.jpg", "good/0.jpg"),
+        ("data/good/12:30.png", "good/12_30.png"),
+        ("data/good/12_30.png", "good/12_30_2.png"),
+        ("data/Good/0.PNG", "Good/0_2.PNG"),
+        ("data/good/0.dcm", "good/0.dcm.png"),
+        ("data/good/0.png", "good/0.png"),
+    ):
+        assert paths.of(image, trainer).relative_to(tmp_path).as_posix() == expected
+
+
+def test_patch_svdd_draws_what_anomalib_draws(tmp_path: Path) -> None:
+    ours, anomalibs = scoring_svdd(), scoring_svdd()
+    anomalibs.visualizer = ImageVisualizer()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "part.png")
+    found, expected = (
+        predict(model, tmp_path / str(number), PredictDataset(tmp_path / "part.png"))
+        for number, model in enumerate((ours, anomalibs))
+    )
+    assert pictures(found) == pictures(expected)
+    assert [(found / name).read_bytes() for name in pictures(found)] == [
+        (expected / name).read_bytes() for name in pictures(expected)
+    ]

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lightning's search for a learning rate works; its search for a batch size is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.tuner import Tuner
+
+from anomalib_intra import InTra, PatchSVDD, TextureDemo
+
+from ..conftest import tiny_engine, tiny_intra
+
+
+class Losses(Callback):
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+        self.rates: set[float] = set()
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: InTra, outputs: dict, *_: object) -> None:
+        self.seen.append(float(outputs["loss"]))
+        self.rates.add(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+def small_svdd(**arguments: object) -> PatchSVDD:
+    return PatchSVDD((128, 128), pairs_per_image=4, visualizer=False, **arguments)
+
+
+def train(make: Callable, root: Path, demo_root: Path, *finders: Callback, **arguments: object) -> tuple:
+    seed_everything(5)
+    model, losses = make(**arguments), Losses()
+    engine = tiny_engine(root, max_epochs=1, callbacks=[*finders, losses], logger=False)
+    engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0))
+    return model, losses, engine
+
+
+@pytest.mark.parametrize("make", [tiny_intra, small_svdd])
+def test_a_run_with_a_rate_that_was_found_is_one_with_that_rate(
+    make: Callable, demo_root: Path, tmp_path: Path
+) -> None:
+    finder = LearningRateFinder(min_lr=1e-4, max_lr=1e-2, num_training_steps=3, early_stop_threshold=None)
+    finder.optimal_lr = None
+    found, losses, engine = train(make, tmp_path / "found", demo_root, finder)
+    assert finder.optimal_lr is not None
+    assert losses.rates == {found.learning_rate}
+    assert found.is_calibrated
+    assert Path(engine.best_model_path).is_file()
+    given, expected, _ = train(make, tmp_path / "given", demo_root, learning_rate=found.learning_rate)
+    assert losses.seen == expected.seen
+    for name, value in given.state_dict().items():
+        assert torch.equal(value.nan_to_num(), found.state_dict()[name].nan_to_num()), name
+
+
+def test_the_tuner_finds_a_rate_and_the_trainer_trains_with_it(demo_root: Path, tmp_path: Path) -> None:
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_epochs=1, accelerator="cpu", logger=False, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    model, datamodule = tiny_intra(), TextureDemo(demo_root, num_workers=0)
+    found = Tuner(trainer).lr_find(model, datamodule=datamodule, num_training=5, early_stop_threshold=None)
+    assert len(found.results["lr"]) == 5
+    trainer.fit(model, datamodule=datamodule)
+    assert model.is_calibrated
+
+
+def test_a_search_for_a_batch_size_is_refused_by_name(demo_root: Path, tmp_path: Path) -> None:
+    datamodule = TextureDemo(demo_root, num_workers=0)
+    refused = r"BatchSizeFinder and Tuner.scale_batch_size.*window_batch_size of InTra"
+    with pytest.raises(ValueError, match=refused):
+        tiny_engine(tmp_path, callbacks=[BatchSizeFinder()]).fit(tiny_intra(), datamodule=datamodule)
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match=refused):
+        Tuner(trainer).scale_batch_size(tiny_intra(), datamodule=datamodule)
