@@ -33,7 +33,7 @@ from anomalib_intra.training.internals import trainer_of
 
 #: Weight of eq. 16 beside the learned comparison, whose values are logits.
 _GMS_WEIGHT = 5.0
-#: Shares of the training images that are spoiled, and that are seen in another light.
+#: Shares of the training images that are spoiled, and that are seen in another light where that was asked for.
 _SPOILED, _IN_ANOTHER_LIGHT = 0.6, 0.7
 #: A pixel counts as spoiled if it changed by more than this, and a patch if more than this share of its pixels did.
 _CHANGED, _SPOILED_PATCH = 0.04, 0.1
@@ -64,6 +64,7 @@ class OnePassInTra(ReconstructionModule):
             epochs or steps, which makes a run repeatable.
         augment (bool): Flip and turn images by right angles. Only where a flipped part is a good one.
         rotate (bool): Turn images by any angle, for parts that lie anyhow.
+        vary_light (bool): Let the light differ from image to image, for a light that drifts from day to day.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
         post_processor (PostProcessor | bool): True or an :class:`InTraPostProcessor`.
         evaluator (Evaluator | bool): True gives anomalib's default metrics.
@@ -98,6 +99,7 @@ class OnePassInTra(ReconstructionModule):
         minutes: float | None = 30.0,
         augment: bool = False,
         rotate: bool = False,
+        vary_light: bool = False,
         pre_processor: PreProcessor | bool = True,
         post_processor: PostProcessor | bool = True,
         evaluator: Evaluator | bool = True,
@@ -122,6 +124,7 @@ class OnePassInTra(ReconstructionModule):
         self.minutes = minutes
         self.augment = augment
         self.rotate = rotate
+        self.vary_light = vary_light
         self.model = OnePassTransformer(self.image_size, patch_size, embed_dim, depth, num_heads, radii=tuple(radii))
         self.loss = PaintingLoss(alpha, beta)
         self._seconds = 0.0
@@ -227,7 +230,7 @@ class OnePassInTra(ReconstructionModule):
         donors = as_fractions(batch.image[others.to(batch.image.device)])
         if self.rotate:
             images, donors = turn(images), turn(donors)
-        if torch.rand(()) < _IN_ANOTHER_LIGHT:
+        if self.vary_light and torch.rand(()) < _IN_ANOTHER_LIGHT:
             images = vary_light(images)
         spoiled, replaced = spoil(images, donors, _SPOILED)
         radius = self.model.radii[int(torch.randint(len(self.model.radii), ()))]
