@@ -29,6 +29,16 @@ def small_svdd() -> PatchSVDD:
     return PatchSVDD((128, 128), pairs_per_image=1, visualizer=False)
 
 
+def scoring_svdd() -> PatchSVDD:
+    model = PatchSVDD((128, 128))
+    model.model.bank_small = model.model.bank_big = torch.zeros(1, 64)
+    return model
+
+
+def demo_image(datamodule: TextureDemo) -> Path:
+    return datamodule.root / "weave/test/good/000.png"
+
+
 @pytest.fixture
 def trained(demo_root: Path, tmp_path: Path) -> tuple[Engine, InTra, TextureDemo]:
     engine, model, datamodule = tiny_engine(tmp_path, max_epochs=1, logger=False), tiny_intra(), data_of(demo_root)
@@ -137,6 +147,50 @@ def test_a_trainer_that_has_tested_does_not_train_into_the_latest_run(
     with pytest.raises(RuntimeError, match=r"checkpoints of another run in .*v0.*make a new Engine"):
         engine.fit(make(), datamodule=datamodule)
     assert contents(tmp_path) == before
+
+
+# ---- another model in a trainer that has trained ---------------------------------------------------------------------
+
+
+def test_a_test_of_another_model_leaves_pictures_and_report_of_the_run_alone(
+    trained: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, _, datamodule = trained
+    before, run = contents(tmp_path), tmp_path / "InTra" / RUN
+    engine.test(tiny_intra(), datamodule=datamodule)
+    engine.predict(scoring_svdd(), data_path=demo_image(datamodule))
+    assert {path: content for path, content in contents(tmp_path).items() if path in before} == before
+    others = run / "other_models"
+    assert len(list((others / "InTra_0/images").rglob("*.png"))) == 52
+    assert (others / "InTra_0/report.html").is_file()
+    assert len(list((others / "PatchSVDD_1/images").rglob("*.png"))) == 1
+    assert "those of the run stay" in caplog.text
+    assert Path(engine.trainer.default_root_dir) == run
+
+
+def test_the_runs_own_model_is_tested_in_its_folder_however_it_is_loaded(
+    trained: tuple, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, model, datamodule = trained
+    best = engine.best_model_path
+    engine.test(model, datamodule=datamodule)
+    engine.test(InTra.load_from_checkpoint(best), datamodule=datamodule)
+    engine.test(tiny_intra(), datamodule=datamodule, ckpt_path=best)
+    assert not (tmp_path / "InTra" / RUN / "other_models").exists()
+    assert "not the model" not in caplog.text
+
+
+def test_models_of_several_kinds_are_tested_by_one_engine_as_each_by_its_own(trained: tuple, tmp_path: Path) -> None:
+    from anomalib.models import Padim
+
+    engine, intra, datamodule = trained
+    padim = Padim(pre_trained=False, layers=["layer1"], n_features=8, visualizer=False)
+    quick = {"max_epochs": 1, "logger": False}
+    tiny_engine(tmp_path / "padim", **quick).fit(padim, datamodule=datamodule)
+    svdd = scoring_svdd()
+    for model in (svdd, padim, intra, padim, svdd):
+        expected = tiny_engine(tmp_path / "own", **quick).test(model, datamodule=datamodule)
+        assert engine.test(model, datamodule=datamodule) == expected, model.name
 
 
 # ---- a model that was trained before ---------------------------------------------------------------------------------

@@ -78,6 +78,8 @@ class TrainedModule(CalibratedModule):
         self._sample_seed: int | None = None
         self._random_state: dict[str, Any] | None = None
         self._resumed_from: str | None = None
+        #: The checkpoint that the model was built from, if it was.
+        self.loaded_from: str | None = None
         self._finders = PostponedFinders()
         self._first_epoch = 0
         self._val_loss = MeanMetric()
@@ -103,13 +105,20 @@ class TrainedModule(CalibratedModule):
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         if command_line(self):
             print_each_line_once()
-        callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
-        # One that is there already too: it must come after the post-processor, which gives it scores.
-        all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
-        reports = [callback for callback in all_there if isinstance(callback, RunReport)]
-        reports = reports or [RunReport()] * bool(self.visualizer)
-        runs = [callback for callback in all_there if isinstance(callback, OneRun)] or [OneRun()]
-        return [*callbacks, *runs, FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd(), *reports]
+        run = next((callback for callback in self._callbacks if isinstance(callback, OneRun)), None) or OneRun()
+        run.take_out_others(self.trainer)
+        own: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
+        own += [FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd()]
+        # One that is there already must come after the post-processor, which gives it scores.
+        reports = [callback for callback in self._callbacks if isinstance(callback, RunReport)]
+        own += [RunReport()] * (bool(self.visualizer) and not reports)
+        run.remember(self, own)
+        return [run, *own, *reports]
+
+    @property
+    def _callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+        return callbacks
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
@@ -270,7 +279,10 @@ class TrainedModule(CalibratedModule):
             Self: The model.
         """
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
-        return cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
+        model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
+        path = args[0] if args else kwargs.get("checkpoint_path")
+        model.loaded_from = str(path) if isinstance(path, str | Path) else None
+        return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store seed and state of random numbers and the losses beside what anomalib stores."""

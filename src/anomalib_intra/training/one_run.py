@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trainer makes one run, and no run writes into the files of another."""
 
+import logging
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from anomalib.metrics import Evaluator
+from anomalib.post_processing import PostProcessor
+from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from anomalib_intra.training.internals import set_run_folder
+
+logger = logging.getLogger(__name__)
 
 _NEW_ENGINE = "make a new Engine (or Trainer) for each training"
 
@@ -19,7 +27,8 @@ class OneRun(Callback):
     first one's checkpoint. A trainer that has tested or predicted before it trains stands in the folder of the latest
     run, and would write over its checkpoints.
 
-    A run that was stopped may go on in its own trainer, and from its own checkpoints.
+    A run that was stopped may go on in its own trainer, and from its own checkpoints. Pictures and report of another
+    model that is tested in this trainer go to a folder of their own.
     """
 
     def __init__(self) -> None:
@@ -27,12 +36,43 @@ class OneRun(Callback):
         self._data: Callable[[], Any] = lambda: None
         self._name = "another model"
         self._has_trained = self._has_ended = False
+        self._folder: Path | None = None  # while the trainer writes elsewhere
+        self._added: list[Callback] = []
+        self._added_by: Callable[[], Any] = lambda: None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find out whether this trainer has trained, before a checkpoint says how far its run has come."""
-        del pl_module
+        self.teardown(trainer, pl_module, stage)  # of a test that failed
+        if self._added_by() is not pl_module:
+            self._take_out(trainer)
         if stage == "fit":
             self._has_trained = trainer.current_epoch > 0 or trainer.global_step > 0
+
+    def take_out_others(self, trainer: Trainer) -> None:
+        """Take out what the model before left in the trainer: it would go on to process the outputs of the next one.
+
+        Lightning does so only where they are of the same class.
+
+        Args:
+            trainer (Trainer): The trainer, which has not got the callbacks of the next model yet.
+        """
+        self._take_out(trainer, lambda one: isinstance(one, PreProcessor | PostProcessor | Evaluator))
+
+    def remember(self, module: LightningModule, callbacks: list[Callback]) -> None:
+        """Remember what belongs to a model.
+
+        Args:
+            module (LightningModule): The model.
+            callbacks (list[Callback]): What it gives the trainer, but for what keeps the state of a run.
+        """
+        self._added, self._added_by = callbacks, weakref.ref(module)
+
+    def _take_out(self, trainer: Trainer, is_others: Callable[[Callback], bool] = lambda _: False) -> None:
+        present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+        known = {id(one) for one in self._added}
+        kept = [one for one in present if id(one) not in known and not is_others(one)]
+        trainer.callbacks = kept  # type: ignore[attr-defined]
+        self._added = []
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Look at a run that goes on from a checkpoint, before the best one so far is copied."""
@@ -54,10 +94,34 @@ class OneRun(Callback):
         del trainer, pl_module
         self._has_ended = True
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the folder of the run to its own model."""
+        trained = self._model()
+        loaded_from = trainer.ckpt_path or getattr(pl_module, "loaded_from", None)
+        if trained is None or trained is pl_module or _is_in(loaded_from, _folders_of(trainer)):
+            return
+        self._folder = Path(trainer.default_root_dir)
+        others = self._folder / "other_models"
+        number = len(list(others.iterdir())) if others.is_dir() else 0
+        set_run_folder(trainer, Path(trainer.strategy.broadcast(str(others / f"{type(pl_module).__name__}_{number}"))))
+        Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
+        logger.warning(
+            "The trainer has trained another model: its pictures and report go to %s; those of the run stay.",
+            trainer.default_root_dir,
+        )
+
+    on_predict_start = on_test_start
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Come back to the folder of the run."""
+        del pl_module, stage
+        if self._folder is not None:
+            set_run_folder(trainer, self._folder)
+            self._folder = None
+
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
-        given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        folders = [Path(folder).resolve() for folder in given if folder]
-        if trainer.ckpt_path and Path(trainer.ckpt_path).resolve().parent in folders:
+        folders = _folders_of(trainer)
+        if _is_in(trainer.ckpt_path, folders):
             return  # this folder's own run goes on
         if self._has_trained:
             self._refuse_second(module, _data_of(trainer))
@@ -77,6 +141,15 @@ class OneRun(Callback):
         what = f"has trained {self._name} already, and would write into the files of that run"
         longer = "; to train the same model for longer, give the new one that run's last.ckpt as ckpt_path"
         raise RuntimeError(f"This trainer {what}: {_NEW_ENGINE}{longer if same else ''}.")
+
+
+def _folders_of(trainer: Trainer) -> list[Path]:
+    given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+    return [Path(folder).resolve() for folder in given if folder]
+
+
+def _is_in(checkpoint: Any, folders: list[Path]) -> bool:
+    return bool(checkpoint) and Path(checkpoint).resolve().parent in folders
 
 
 def _data_of(trainer: Trainer) -> Any:
