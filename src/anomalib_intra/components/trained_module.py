@@ -16,13 +16,22 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
+from anomalib_intra.components.evaluator import PatientEvaluator
+from anomalib_intra.components.pre_processor import OnImagesOnly
+from anomalib_intra.components.watched import agree_on_metrics, keeper_of_the_best, validates
 from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
 from anomalib_intra.training.checkpoints import AtomicCheckpointIO, random_state, set_random_state
 from anomalib_intra.training.command_line import drop_unreadable, seed_as_commanded
-from anomalib_intra.training.internals import evaluation_source, trainer_of, training_source, validation_source
+from anomalib_intra.training.internals import (
+    evaluation_source,
+    trainer_of,
+    training_source,
+    validation_source,
+    weights_were_averaged,
+)
 from anomalib_intra.training.processes import share_run_folder
 
 if TYPE_CHECKING:
@@ -68,6 +77,7 @@ class TrainedModule(CalibratedModule):
         self._sample_seed: int | None = None
         self._random_state: dict[str, Any] | None = None
         self._resumed_from: str | None = None
+        self._scores_validation = False
         self._val_loss = MeanMetric()
         #: A row for each epoch trained: ``epoch`` and, where there was one, ``train_loss`` and ``val_loss``.
         self.losses: list[dict[str, float]] = []
@@ -88,7 +98,10 @@ class TrainedModule(CalibratedModule):
     def configure_callbacks(self) -> Sequence[Callback]:
         """Add what watches a training, and a report unless pictures are switched off or the user brought their own."""
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
-        callbacks: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
+        components: Any = super().configure_callbacks()
+        callbacks = [
+            OnImagesOnly(component) if isinstance(component, PreProcessor) else component for component in components
+        ]
         # One that is there already too: it must come after the post-processor, which gives it scores.
         all_there = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
         reports = [callback for callback in all_there if isinstance(callback, RunReport)]
@@ -127,11 +140,21 @@ class TrainedModule(CalibratedModule):
 
     def on_fit_start(self) -> None:
         """Put the loaders of samples and of held-out images in the place of the datamodule's image loaders."""
-        self.post_processor.reset()
+        self.forget_calibration()
         training, validation = training_source(self.trainer), validation_source(self.trainer)
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        validates = validation.is_defined() and has_validation_images(datamodule)
-        self._images = self._sort_out(training.dataloader(), validation.dataloader() if validates else None)
+        has_some = validation.is_defined() and has_validation_images(datamodule)
+        val_loader = validation.dataloader() if has_some else None
+        wants_scores = isinstance(self.evaluator, PatientEvaluator) and self.evaluator.wants_scores
+        self._images = self._sort_out(training.dataloader(), val_loader, wants_scores)
+        self._scores_validation = wants_scores and self._images.anomalies_held_out and validates(self.trainer)
+        agree_on_metrics(self.trainer, self.evaluator, self._scores_validation)
+        if self._scores_validation:
+            logger.warning(
+                "While training, validation images are scored by comparison with %d training images for the time "
+                "being: their metrics tell one epoch from another, and only those of the test are the model's.",
+                len(self._images.few.dataset),  # type: ignore[union-attr, arg-type]
+            )
         if self._sample_seed is None:
             self._sample_seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
         self._loader = SampleLoader(
@@ -161,22 +184,28 @@ class TrainedModule(CalibratedModule):
 
     def on_train_end(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
-        kept = self.trainer.checkpoint_callback
+        kept = keeper_of_the_best(self.trainer)
         best = getattr(kept, "best_model_path", "")
         # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
         stored = bool(best) and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or "")
         if stored:
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
-            self.load_state_dict(checkpoint["state_dict"])
-            logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
+            if weights_were_averaged(self.trainer):
+                logger.info("Keeping the averaged weights, which go into %s.", best)
+            else:
+                self.load_state_dict(checkpoint["state_dict"])
+                logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
         assert self._images is not None
         self._calibrate(self._images)
         if stored:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
+            checkpoint["calibrated_through"] = self.calibrated_through
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
+        if isinstance(self.evaluator, PatientEvaluator):
+            self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._loader = None
 
@@ -191,8 +220,12 @@ class TrainedModule(CalibratedModule):
     # ---- validation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to average the validation loss."""
+        """Begin to average the validation loss; where images are to be scored, compare them with some for now."""
         self._val_loss.reset()
+        if self.trainer.state.fn == "fit" and self._scores_validation:
+            assert self._images is not None
+            assert self._images.few is not None
+            self.learn_normal(self._images.few)
 
     def add_val_loss(self, loss: torch.Tensor, count: int) -> None:
         """Add the loss of a batch of held-out images to the validation loss.
@@ -208,6 +241,8 @@ class TrainedModule(CalibratedModule):
         # In a training all processes ask, also one without normal images. Outside one, not every model has a loss.
         if self.trainer.state.fn != "fit" and not self._val_loss.update_called:
             return
+        if self._scores_validation:
+            self.forget_calibration()  # it must not get into a checkpoint
         mean = self._val_loss.compute()
         if mean.isfinite():
             self.log("val_loss", mean, prog_bar=True, batch_size=1)

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
@@ -191,7 +192,8 @@ class OnePassInTra(ReconstructionModule):
         assert self._images is not None
         total, count = torch.zeros(2, 3, device=self.device), 0
         for batch in track(self._images.statistics, "Mean and standard deviation of the colours"):
-            images = self.prepare(batch).images
+            batch = self.as_tested(batch)
+            images = torch.as_tensor(batch.image)[is_normal(batch)]
             total += torch.stack([images.mean(dim=(2, 3)).sum(dim=0), images.square().mean(dim=(2, 3)).sum(dim=0)])
             count += len(images)
         mean, mean_square = self.mean_of_all(total, count)
