@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training, calibration, test, prediction and export see the same pixels, however images are cropped or padded."""
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from anomalib_intra.components.calibrated_module import CalibratedModule
 from anomalib_intra.yardsticks import Yardstick
 
 from ..conftest import tiny_engine, tiny_intra
+from ..one_pass.test_lightning_model import tiny as tiny_one_pass
 
 SIDE = 128
 
@@ -107,6 +109,8 @@ def data(root: Path, **kwargs: object) -> AnomalibDataModule:
 def build(kind: str, side: int = SIDE, **kwargs: object) -> CalibratedModule:
     seed_everything(0)
     kwargs = {"image_size": (side, side), "visualizer": False, **kwargs}
+    if kind == "OnePassInTra":
+        return tiny_one_pass(minutes=None, **kwargs)
     if kind == "PatchSVDD":
         return PatchSVDD(pairs_per_image=2, pair_batch_size=16, **kwargs)
     return Yardstick(flat=False, **kwargs) if kind == "Yardstick" else tiny_intra(**kwargs)
@@ -151,7 +155,7 @@ WAYS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["InTra", "PatchSVDD", "Yardstick"])
+@pytest.mark.parametrize("kind", ["InTra", "OnePassInTra", "PatchSVDD", "Yardstick"])
 @pytest.mark.parametrize("way", WAYS)
 def test_files_changed_beforehand_and_images_changed_on_the_way_give_the_same(
     kind: str, way: str, files: dict[str, Path], tmp_path: Path
@@ -274,6 +278,33 @@ def test_images_of_another_size_are_refused_in_a_test_too(files: dict[str, Path]
     for kind in ("test", "predict", "validate"):
         with pytest.raises(ValueError, match=r"192 x 192 pixels.*image_size is 128 x 128"):
             getattr(tiny_engine(tmp_path), kind)(model, datamodule=data(files["framed"]))
+
+
+def test_other_augmentations_than_those_of_the_calibration_are_said(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build("Yardstick")
+    cropped = data(files["framed"], augmentations=CenterCrop(SIDE))
+    engine = tiny_engine(tmp_path, logger=False)
+    engine.test(model, datamodule=cropped)
+    engine.trainer.save_checkpoint(tmp_path / "model.ckpt")
+    loaded = Yardstick.load_from_checkpoint(tmp_path / "model.ckpt", visualizer=False)
+
+    def said(does: str, **kwargs: object) -> list[str]:
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            getattr(tiny_engine(tmp_path, logger=False), does)(loaded, **kwargs)
+        return [record.message for record in caplog.records if "augmentations" in record.message]
+
+    assert not said("test", datamodule=cropped)
+    assert "went through CenterCrop(size=(128, 128)), but these go through none" in said(
+        "test", datamodule=data(files["plain"])
+    )[0].replace("size=[128, 128]", "size=(128, 128)")
+    assert "but these go through none" in said("predict", data_path=files["framed"] / "weave/test/hole")[0]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        loaded.to_torch(tmp_path)
+    assert any("which an exported model does not have" in record.message for record in caplog.records)
 
 
 def test_a_transform_that_a_checkpoint_cannot_hold_must_be_given_again(files: dict[str, Path], tmp_path: Path) -> None:

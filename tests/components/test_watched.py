@@ -267,10 +267,15 @@ def test_averaged_weights_are_kept_calibrated_and_stored(kind: str, demo: MVTecA
     assert torch.equal(weights_of(loaded), weights_of(model))
 
 
-def test_averages_over_steps_are_what_the_best_checkpoint_holds(demo: MVTecAD, tmp_path: Path) -> None:
-    model = build("InTra")
-    tiny_engine(tmp_path, callbacks=[EMAWeightAveraging(decay=0.9)], logger=False).train(model, datamodule=demo)
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_are_averaged_step_by_step_are_validated_and_scored(kind: str, few: Path, tmp_path: Path) -> None:
+    model = build(kind, evaluator=Evaluator(val_metrics=[auroc()], test_metrics=[auroc()]))
+    average = EMAWeightAveraging(decay=0.9)
+    engine = tiny_engine(tmp_path, callbacks=[average], logger=False)
+    engine.train(model, datamodule=small(few, val_split_mode="from_test"))
     assert model.is_calibrated
+    loaded = type(model).load_from_checkpoint(engine.best_model_path)
+    assert torch.equal(weights_of(loaded), weights_of(model))
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------

@@ -93,7 +93,9 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         self.original_size = original_size
         self.colour_weight = colour_weight
         self.deviation = deviation
-        self._forget_the_way()
+        # What files go through before the model sees them, and which part of them is left, by their size.
+        self._gone_through: list[Any] = []
+        self._views: dict[tuple[int, int], FileView] = {}
         self.register_buffer("training_mean", torch.empty(0))
         self.register_buffer("training_std", torch.empty(0))
         self.register_buffer("suspicion_threshold", torch.tensor(torch.nan))
@@ -267,17 +269,13 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         if way != self._gone_through:
             self._gone_through, self._views = way, {}
 
-    def _forget_the_way(self) -> None:
-        # What files go through before the model sees them, and which part of them is left, by their size.
-        self._gone_through: list[Any] = []
-        self._views: dict[tuple[int, int], FileView] = {}
-
-    def on_test_end(self, *args: Any) -> None:
+    def on_test_end(self, *_: Any) -> None:
         """Forget transforms that are not the model's, which must not travel with it."""
-        del args
-        self._forget_the_way()
+        self._gone_through, self._views = [], {}
 
-    on_predict_end = on_test_end
+    def on_predict_end(self, *_: Any) -> None:
+        """Forget them, too."""
+        self._gone_through, self._views = [], {}
 
 
 def _dataset(loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:

@@ -227,6 +227,14 @@ class TrainedModule(CalibratedModule):
             assert self._images.few is not None
             self.learn_normal(self._images.few)
 
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Forget what the images were compared with for now: it must get into no checkpoint, nor into an average."""
+        del outputs, batch, dataloader_idx
+        trainer = self.trainer
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        if trainer.state.fn == "fit" and self._scores_validation and batch_idx + 1 == sum(batches):
+            self.forget_calibration()
+
     def add_val_loss(self, loss: torch.Tensor, count: int) -> None:
         """Add the loss of a batch of held-out images to the validation loss.
 
@@ -241,8 +249,6 @@ class TrainedModule(CalibratedModule):
         # In a training all processes ask, also one without normal images. Outside one, not every model has a loss.
         if self.trainer.state.fn != "fit" and not self._val_loss.update_called:
             return
-        if self._scores_validation:
-            self.forget_calibration()  # it must not get into a checkpoint
         mean = self._val_loss.compute()
         if mean.isfinite():
             self.log("val_loss", mean, prog_bar=True, batch_size=1)
