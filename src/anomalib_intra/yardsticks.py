@@ -19,13 +19,13 @@ from einops import reduce
 from pandas import DataFrame
 from torch import nn
 from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
 
 from anomalib_intra.components.reconstruction import Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.components.trained_module import Sampling
 from anomalib_intra.data.images import sample_images
-from anomalib_intra.data.normal_images import NormalImages
 from anomalib_intra.metrics import PaperEvaluator
 
 
@@ -116,15 +116,15 @@ class Yardstick(ReconstructionModule):
         """No training: the means are computed before the test."""
         return {**super().trainer_arguments, "max_epochs": 1, "limit_train_batches": 0}
 
-    def calibrate(self, images: NormalImages) -> None:
+    def learn_normal(self, images: DataLoader[Any]) -> None:
         """Compute the mean of the training images, then what InTra computes.
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Training images, as a test would see them.
         """
         mean = self.mean_training_image(images)
         self.model.image.copy_(reduce(mean, "c h w -> c 1 1", "mean").expand_as(mean) if self.flat else mean)
-        super().calibrate(images)
+        super().learn_normal(images)
 
 
 def yardsticks(

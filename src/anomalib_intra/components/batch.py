@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """anomalib's image batch without rounding, and one with a field for the reconstruction."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar
@@ -28,6 +29,22 @@ class UnroundedBatch(ImageBatch):
             UnroundedBatch: The same fields; those that are new are empty.
         """
         return cls(**{field.name: getattr(batch, field.name) for field in fields(batch)})
+
+    def rounded(self) -> "UnroundedBatch":
+        """Give the same batch with scores and maps in float32.
+
+        Returns:
+            UnroundedBatch: A copy that shares all else; the batch itself where there is nothing to round.
+        """
+        double = [
+            name
+            for name in ("pred_score", "anomaly_map")
+            if (value := getattr(self, name)) is not None and value.dtype == torch.float64
+        ]
+        if not double:
+            return self
+        batch = copy.copy(self)
+        return batch.update(**{name: getattr(self, name).float() for name in double})
 
     @staticmethod
     def validate_anomaly_map(anomaly_map: torch.Tensor | None) -> Mask | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from anomalib import LearningType
 from anomalib.data import AnomalibDataModule, ImageBatch
+from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
@@ -17,15 +18,20 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_intra.components.batch import UnroundedBatch, is_normal
+from anomalib_intra.components.evaluator import patient
 from anomalib_intra.components.export import CompleteExport
-from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_normalization
+from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.data.image_files import check_image_files
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
+from anomalib_intra.data.pipeline import datasets_of, described, parts_of, refuse_random, transform_of
 from anomalib_intra.data.samples import Prepared
 
 logger = logging.getLogger(__name__)
+
+#: What weights and steps may be in; difference maps and scores are in float32 with each.
+_PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 
 
 class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  # anomalib's to_onnx is not Lightning's
@@ -37,7 +43,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         **components (Any): Post-processor, evaluator and visualizer, as for ``AnomalibModule``.
 
     Raises:
-        ValueError: If the pre-processor normalizes.
+        ValueError: If the pre-processor normalizes, is random, or leaves another number of channels than 3.
         TypeError: If the post-processor is of another kind than ``post_processor_kind``.
     """
 
@@ -57,14 +63,19 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             # anomalib's own loses the antialiasing of its transform where it is exported.
             self.pre_processor = UnnormalizedPreProcessor(self.pre_processor.transform)
         elif self.pre_processor is not None:
-            refuse_normalization(self.pre_processor)
+            refuse_unfit(self.pre_processor)
         if not isinstance(self.post_processor, self.post_processor_kind):
             msg = (
                 f"{self.name} needs post_processor=True or a {self.post_processor_kind.__name__} (with "
                 "enable_normalization=False for raw scores): that of anomalib clamps scores, which moves AUROC."
             )
             raise TypeError(msg)
+        if isinstance(self.evaluator, Evaluator):
+            self.evaluator = patient(self.evaluator)
         self.image_size = image_size
+        #: What the datamodule did to the images of the calibration, but for the pre-processor's own resize, in words;
+        #: None where that is not known.
+        self.calibrated_through: str | None = None
 
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
@@ -79,11 +90,19 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         """Whether the model can score images."""
 
     @abstractmethod
-    def calibrate(self, images: NormalImages) -> None:
+    def learn_normal(self, images: DataLoader[Any]) -> None:
         """Compute from normal images what scoring needs, with the present weights.
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Training images, as a test would see them.
+        """
+
+    @abstractmethod
+    def set_thresholds(self, images: DataLoader[Any]) -> None:
+        """Set the thresholds, with what :meth:`learn_normal` computed.
+
+        Args:
+            images (DataLoader): Images to set them on, as a test would see them.
         """
 
     @property
@@ -120,21 +139,51 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that this model cannot work with.
+
+        Args:
+            stage (str): Lightning's name of what begins.
+
+        Raises:
+            ValueError: If the trainer has such a precision.
+        """
+        super().setup(stage)
+        if self.trainer.precision not in _PRECISIONS:
+            msg = (
+                f"{self.name} does not work with precision={self.trainer.precision}: its difference maps and scores "
+                f"need float32 beside it. Take {', '.join(_PRECISIONS[:-1])} or {_PRECISIONS[-1]}."
+            )
+            raise ValueError(msg)
+
     def on_validation_start(self) -> None:
         """Make sure that images and model are fit for validation outside training."""
         if self.trainer.state.fn != "fit":
-            check_image_files(self.trainer.val_dataloaders)
-            self._ensure_calibrated()
+            self._ensure_fit(self.trainer.val_dataloaders)
 
     def on_test_start(self) -> None:
         """Make sure that images and model are fit for a test."""
-        check_image_files(self.trainer.test_dataloaders)
-        self._ensure_calibrated()
+        self._ensure_fit(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
         """Make sure that images and model are fit for prediction."""
-        check_image_files(self.trainer.predict_dataloaders)
+        self._ensure_fit(self.trainer.predict_dataloaders)
+
+    def _ensure_fit(self, loaders: Any) -> None:
+        check_image_files(loaders)
+        for dataset in datasets_of(loaders):
+            refuse_random(transform_of(dataset), "What the datamodule does to test images")
         self._ensure_calibrated()
+        for dataset in datasets_of(loaders):
+            through = self._described(dataset)
+            if self.calibrated_through is not None and through != self.calibrated_through:
+                logger.warning(
+                    "%s was calibrated on images that went through %s, but these go through %s, and its thresholds are "
+                    "not for such images: give this datamodule the same augmentations.",
+                    self.name,
+                    self.calibrated_through or "no augmentations",
+                    through or "none",
+                )
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn image batches into those of the model, which keep what anomalib's would round or drop."""
@@ -142,6 +191,13 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         if isinstance(batch, ImageBatch) and not isinstance(batch, self.batch_kind):
             return self.batch_kind.of(batch)
         return batch
+
+    def on_validation_batch_start(self, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Refuse images that do not fit the model."""
+        del batch_idx, dataloader_idx
+        self._check_shape(torch.as_tensor(batch.image))
+
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def predict_step(self, batch: UnroundedBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
         """Do with a batch what a test step does.
@@ -171,10 +227,21 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     def _calibrate(self, images: NormalImages) -> None:
         was_training = self.training
         self.eval()
-        self.calibrate(images)
+        self.learn_normal(images.statistics)
+        self.set_thresholds(images.thresholds)
+        self.calibrated_through = self._described(images.statistics.dataset)
         self.train(was_training)
 
-    def on_device(self, batch: ImageBatch) -> ImageBatch:
+    def forget_calibration(self) -> None:
+        """Forget what belongs to weights that are about to change."""
+        self.post_processor.reset()
+        self.calibrated_through = None
+
+    def _described(self, dataset: Any) -> str:
+        own = parts_of(getattr(self.pre_processor, "transform", None))
+        return described(transform_of(dataset), next((part for part in own if isinstance(part, Resize)), None))
+
+    def as_tested(self, batch: ImageBatch) -> ImageBatch:
         """Bring a batch of a calibration loader to where and what a test step gets.
 
         Args:
@@ -184,27 +251,27 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             ImageBatch: The batch on the model's device, pre-processed.
         """
         batch = self.on_after_batch_transfer(self.transfer_batch_to_device(batch, self.device, 0), 0)
-        if self.pre_processor is not None and self.pre_processor.transform:
-            batch.image, batch.gt_mask = self.pre_processor.transform(batch.image, batch.gt_mask)
+        if self.pre_processor is not None:
+            self.pre_processor.on_test_batch_start(self.trainer, self, batch, 0)
+        self._check_images(torch.as_tensor(batch.image))
         return batch
 
     # ---- images ------------------------------------------------------------------------------------------------------
 
-    def _sort_out(self, train_loader: Any, val_loader: Any) -> NormalImages:
+    def _sort_out(self, train_loader: Any, val_loader: Any, scored: bool = False) -> NormalImages:
         for loader in (train_loader, val_loader):
             if loader is not None and not isinstance(loader, DataLoader):
                 msg = f"{self.name} takes one DataLoader for training and one for validation, not {type(loader)}."
                 raise TypeError(msg)
         check_image_files([train_loader, val_loader])
-        transform = self.pre_processor.transform if self.pre_processor is not None else None
         return NormalImages.of(
             train_loader,
             val_loader,
             self.trainer.datamodule,  # type: ignore[attr-defined]  # set by Lightning
-            resize=transform,
             evaluated_at_once=self.evaluated_at_once,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            scored=scored,
         )
 
     def prepare(self, batch: ImageBatch) -> Prepared:
@@ -219,19 +286,28 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         Raises:
             ValueError: If they are of another size or range.
         """
-        normal = is_normal(batch)
-        images = torch.as_tensor(batch.image)[normal].to(self.device)
-        if self.pre_processor is not None and self.pre_processor.transform:
-            images = self.pre_processor.transform(images)
+        batch = self.transfer_batch_to_device(batch, self.device, 0)
+        if self.pre_processor is not None:
+            self.pre_processor.on_train_batch_start(self.trainer, self, batch, 0)
+        images, normal = torch.as_tensor(batch.image), is_normal(batch)
+        self._check_images(images)
+        paths = batch.image_path or ["an image without a path"] * len(normal)
+        return Prepared(images[normal], [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
+
+    def _check_images(self, images: torch.Tensor) -> None:
+        self._check_shape(images)
         check_range(images)
-        if tuple(images.shape[-2:]) != self.image_size:
+
+    def _check_shape(self, images: torch.Tensor) -> None:
+        channels, height, width = images.shape[1:]
+        if channels != 3:
+            raise ValueError(f"Images have {channels} channels after the pre-processor: the model takes 3.")
+        if (height, width) != self.image_size:
             msg = (
-                f"Training images are {images.shape[-2]} x {images.shape[-1]} pixels after the pre-processor, but "
-                f"image_size is {self.image_size[0]} x {self.image_size[1]}: make both the same."
+                f"Images are {height} x {width} pixels after the pre-processor, but image_size is "
+                f"{self.image_size[0]} x {self.image_size[1]}: make both the same."
             )
             raise ValueError(msg)
-        paths = batch.image_path or ["an image without a path"] * len(normal)
-        return Prepared(images, [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
 
     def mean_of_all(self, total: torch.Tensor, count: int) -> torch.Tensor:
         """Average over the images of all processes of a run.
@@ -248,21 +324,34 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             counted, reduce_op="sum"
         )
 
-    def mean_training_image(self, images: NormalImages) -> torch.Tensor:
+    def mean_training_image(self, images: DataLoader[Any]) -> torch.Tensor:
         """Average the training images.
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Training images, as a test would see them.
 
         Returns:
             torch.Tensor: Their mean, shape ``(3, H, W)``.
         """
         total, count = torch.zeros(3, *self.image_size, device=self.device), 0
-        for batch in track(images.statistics, "Mean training image"):
-            prepared = self.prepare(batch).images
-            total += prepared.sum(dim=0)
-            count += len(prepared)
+        for batch in track(images, "Mean training image"):
+            batch = self.as_tested(batch)
+            normal = torch.as_tensor(batch.image)[is_normal(batch)]
+            total += normal.sum(dim=0)
+            count += len(normal)
         return self.mean_of_all(total, count)
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store beside the calibration what its images went through."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["calibrated_through"] = self.calibrated_through
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it; checkpoints of before do not have it."""
+        super().on_load_checkpoint(checkpoint)
+        self.calibrated_through = checkpoint.get("calibrated_through")
 
 
 def has_validation_images(datamodule: Any) -> bool:

@@ -2,6 +2,7 @@
 """What anomalib's export lacks for models whose scores are computed from small differences."""
 
 import copy
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,9 @@ from torchvision.transforms.v2.functional import resize
 
 if TYPE_CHECKING:
     import openvino as ov
+
+
+logger = logging.getLogger(__name__)
 
 
 class CompleteExport(ExportMixin):
@@ -34,6 +38,7 @@ class CompleteExport(ExportMixin):
         Returns:
             Path: The file.
         """
+        self._refuse_uncalibrated()
         trained = [weight for weight in cast("torch.nn.Module", self).parameters() if weight.requires_grad]
         try:
             for weight in trained:
@@ -61,9 +66,26 @@ class CompleteExport(ExportMixin):
         Returns:
             Path: The ONNX file.
         """
+        self._refuse_uncalibrated()
         # What torch writes; anomalib asks for 14, to which it cannot be converted.
         kwargs.setdefault("opset_version", 18)
         return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
+
+    def _refuse_uncalibrated(self) -> None:
+        module: Any = self
+        if not module.is_calibrated:
+            msg = (
+                f"This {module.name} cannot score images yet, so it is not exported: it was never trained, or its "
+                "training was cut off. Train it, or run `anomalib test` (Engine.test) once with the datamodule it was "
+                "trained on and this checkpoint, and export after that."
+            )
+            raise RuntimeError(msg)
+        if module.calibrated_through:
+            logger.warning(
+                "Images went through the datamodule's augmentations (%s), which an exported model does not have: do "
+                "the same to images before they are scored, or have the pre-processor do it.",
+                module.calibrated_through,
+            )
 
     def _compress_ov_model(
         self,

@@ -14,6 +14,7 @@ from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch import Callback
 from rich.progress import track
+from torch.utils.data import DataLoader
 from torchmetrics import R2Score
 
 from anomalib_intra.components.anomaly_map import difference_map
@@ -24,7 +25,7 @@ from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP, InTraPostProcessor
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.components.visualizer import InTraVisualizer
-from anomalib_intra.data.normal_images import NormalImages
+from anomalib_intra.components.watched import validates
 from anomalib_intra.training.checkpoints import keep_best_and_last
 
 logger = logging.getLogger(__name__)
@@ -115,9 +116,9 @@ class ReconstructionModule(TrainedModule):
         return InTraVisualizer()
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Keep the best and the last epoch, where the Engine would keep the last alone."""
+        """Keep the best and the last epoch, where the Engine would keep the last alone; none is best without losses."""
         callbacks = super().configure_callbacks()
-        return [*callbacks, *keep_best_and_last(self.trainer)]
+        return [*callbacks, *(keep_best_and_last(self.trainer) if validates(self.trainer) else [])]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -166,31 +167,30 @@ class ReconstructionModule(TrainedModule):
         """Whether the training mean is there."""
         return self.post_processor.is_calibrated
 
-    def calibrate(self, images: NormalImages) -> None:
-        """Compute the training mean (eq. 17) and the thresholds.
+    def learn_normal(self, images: DataLoader[Any]) -> None:
+        """Compute the training mean (eq. 17).
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Training images, as a test would see them.
         """
         total, count = torch.zeros(2, 1, *self.image_size, device=self.device), 0
-        for batch in track(images.statistics, "Training mean (eq. 17)"):
-            batch = self._compared(self.on_device(batch))
+        for batch in track(images, "Training mean (eq. 17)"):
+            batch = self._compared(self.as_tested(batch))
             normal = is_normal(batch)
             maps = torch.as_tensor(batch.difference)[normal]
             total += torch.stack([maps.sum(dim=0), maps.square().sum(dim=0)])
             count += len(maps)
         mean, mean_square = self.mean_of_all(total, count)[:, None]
         self.post_processor.set_training_mean(mean, (mean_square - mean**2).clamp(min=0).sqrt())
-        self.set_thresholds(images)
 
-    def set_thresholds(self, images: NormalImages) -> None:
+    def set_thresholds(self, images: DataLoader[Any]) -> None:
         """Set the thresholds, given a training mean.
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Images to set them on, as a test would see them.
         """
-        for batch in track(images.thresholds, "Thresholds"):
-            self.post_processor.observe(self._compared(self.on_device(batch)))
+        for batch in track(images, "Thresholds"):
+            self.post_processor.observe(self._compared(self.as_tested(batch)))
         self.post_processor.set_thresholds()
 
     def _compared(self, batch: ImageBatch) -> InTraBatch:

@@ -7,14 +7,15 @@ import torch
 from anomalib.data import InferenceBatch
 from anomalib.models.components import DynamicBufferMixin
 from lightning.pytorch import LightningModule, Trainer
-from torch.nn.functional import interpolate
 
 from anomalib_intra.components.anomaly_map import Deviation, anomaly_map, image_score
 from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
+from anomalib_intra.data.file_view import FileView, file_view
 from anomalib_intra.data.image_files import common_size, masks_of_files
+from anomalib_intra.data.pipeline import parts_of, transform_of
 
 _DEVIATIONS = get_args(Deviation)
 #: The options on which difference and anomaly maps depend, and what they are in the paper.
@@ -43,6 +44,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         pixel_quantile (float | None): Share of their pixels at or below the pixel threshold. Defaults to 0.999.
         original_size (bool | None): Resize anomaly maps to the size of the image files before taking the maximum, and
             compare them with the masks at that size, as the paper does; False, the default, works at the model's size.
+            Where images are cropped or padded, maps lie where they belong and are zero where the model sees nothing.
         colour_weight (float | None): Weight in [0, 1] of a colour term in the difference map, beside the gradient term
             of eq. 16, which does not see a colour that changes evenly. 0, the default, is the paper's map.
         deviation (str | None): ``"squared"`` deviation from the training mean (eq. 17), the default; ``"positive"``
@@ -98,6 +100,9 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         self.original_size: bool = chosen["original_size"]
         self.colour_weight: float = chosen["colour_weight"]
         self.deviation: Deviation = chosen["deviation"]
+        # What files go through before the model sees them, and which part of them is left, by their size.
+        self._gone_through: list[Any] = []
+        self._views: dict[tuple[int, int], FileView] = {}
         self.register_buffer("training_mean", torch.empty(0))
         self.register_buffer("training_std", torch.empty(0))
         self.register_buffer("suspicion_threshold", torch.tensor(torch.nan))
@@ -188,6 +193,15 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """Have :meth:`suspicious` take the present pixel threshold, which belongs to the first of two passes."""
         self.suspicion_threshold.copy_(self.pixel_threshold)
 
+    def score(self, batch: InTraBatch) -> None:
+        """Give a batch raw scores and maps.
+
+        Args:
+            batch (InTraBatch): Batch with ``difference``.
+        """
+        maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
+        batch.update(pred_score=image_score(maps), anomaly_map=maps)
+
     def observe(self, batch: InTraBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.
 
@@ -195,8 +209,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             batch (InTraBatch): Batch with ``difference`` and, where known, labels and masks; gets the
                 raw scores and maps.
         """
-        maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
-        batch.update(pred_score=image_score(maps), anomaly_map=maps)
+        self.score(batch)
         super().observe(batch)
 
     # ---- inference ---------------------------------------------------------------------------------------------------
@@ -222,7 +235,9 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
         if self.original_size:
             size = common_size(batch.image_path)
-            maps = interpolate(maps, size=size, mode="bilinear", align_corners=False)
+            if size not in self._views:
+                self._views[size] = file_view(self._gone_through, size)
+            maps = self._views[size].place(maps, size)
         batch.update(pred_score=image_score(maps), anomaly_map=maps)
         super().post_process_batch(batch)
 
@@ -232,8 +247,36 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
         """Score the batch; with ``original_size``, read its masks again at the size of their files."""
+        dataset = _dataset(trainer.test_dataloaders, *args, **kwargs)
+        self._remember_the_way(dataset, pl_module)
         super().on_test_batch_end(trainer, pl_module, outputs, *args, **kwargs)
         if self.original_size and outputs.gt_mask is not None:
-            loader: Any = trainer.test_dataloaders
-            masks = masks_of_files(loader.dataset, outputs.image_path, outputs.anomaly_map.shape[-2:])
+            masks = masks_of_files(dataset, outputs.image_path, outputs.anomaly_map.shape[-2:])
             outputs.gt_mask = masks.to(outputs.anomaly_map.device)
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Score the batch."""
+        self._remember_the_way(_dataset(trainer.predict_dataloaders, *args, **kwargs), pl_module)
+        super().on_predict_batch_end(trainer, pl_module, outputs, *args, **kwargs)
+
+    def _remember_the_way(self, dataset: Any, module: Any) -> None:
+        own = getattr(module.pre_processor, "transform", None)
+        way = [*parts_of(transform_of(dataset)), *parts_of(own)]
+        if way != self._gone_through:
+            self._gone_through, self._views = way, {}
+
+    def on_test_end(self, *_: Any) -> None:
+        """Forget transforms that are not the model's, which must not travel with it."""
+        self._gone_through, self._views = [], {}
+
+    def on_predict_end(self, *_: Any) -> None:
+        """Forget them, too."""
+        self._gone_through, self._views = [], {}
+
+
+def _dataset(loaders: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+    """The data set of a batch, given the arguments of Lightning's hooks."""
+    del batch, batch_idx
+    return (loaders[dataloader_idx] if isinstance(loaders, list | tuple) else loaders).dataset

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From raw scores and maps to decisions, without saturation: thresholds and normalized scores of any model."""
 
+import logging
 import math
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.training.processes import gathered
 
+logger = logging.getLogger(__name__)
+
 # Normalization takes smaller thresholds as this one (decisions do not): zero, of constant images, would divide by zero,
 # and far below it float64 no longer tells scores near 1 apart.
 _SMALLEST_THRESHOLD = 1e-7
@@ -25,7 +28,8 @@ _SMALLEST_THRESHOLD = 1e-7
 class _Observed:
     """Raw values (of images, or of their pixels), with the truth about them where it is known, on the CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
         self._values: list[torch.Tensor] = []
         self._truth: list[torch.Tensor] = []
         self._normal: list[torch.Tensor] = []
@@ -51,8 +55,8 @@ class UnsaturatedPostProcessor(PostProcessor):
     they were before. Thresholds below 1e-7 are normalized as 1e-7; decisions always use the threshold itself. Called
     directly or exported, scores are rounded to float32.
 
-    Thresholds are those of the best F1 score where the validation images hold labelled anomalies, and otherwise
-    quantiles of the held-out normal images.
+    Thresholds are those of the best F1 score where the validation images hold labelled anomalies and normal images, and
+    otherwise quantiles of the held-out normal images.
 
     A setting that is None is as in the checkpoint that is loaded, and has its default without one; one that is given
     outlives a checkpoint made with another.
@@ -139,7 +143,13 @@ class UnsaturatedPostProcessor(PostProcessor):
             (self._pixel_threshold, self._pixel_threshold_metric, self._pixels, self.pixel_quantile),
         ):
             values, truth, normal = (gathered(part.to(threshold.device)) for part in observed.all())
-            if some_anomalous and len(values):
+            if some_anomalous and not len(normal):
+                logger.warning(
+                    "All validation images are anomalous, so the %s threshold stays as it was: that of the best F1 "
+                    "would call everything anomalous.",
+                    observed.kind,
+                )
+            elif some_anomalous and len(values):
                 batch: Any = SimpleNamespace(**dict(zip(metric.fields, (values, truth), strict=True)))
                 metric.update(batch)
                 threshold.copy_(metric.compute())
@@ -151,8 +161,8 @@ class UnsaturatedPostProcessor(PostProcessor):
 
     def _forget(self) -> None:
         self._anomalies_seen = False
-        self._images = _Observed()
-        self._pixels = _Observed()
+        self._images = _Observed("image")
+        self._pixels = _Observed("pixel")
 
     # ---- inference ---------------------------------------------------------------------------------------------------
 
@@ -232,13 +242,22 @@ class UnsaturatedPostProcessor(PostProcessor):
 
     # ---- callback ----------------------------------------------------------------------------------------------------
 
+    def score(self, batch: Any) -> None:
+        """Give a batch raw scores and maps, where the model has not done so.
+
+        Args:
+            batch (Any): Batch of images.
+        """
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any
     ) -> None:
-        """Collect scores for thresholds, unless the model is being trained and has no training mean yet."""
-        del pl_module, args, kwargs
+        """Score a batch, if the model can, and collect the scores for thresholds, unless the model is being trained."""
+        del args, kwargs
         if trainer.state.fn != TrainerFn.FITTING:
             self.observe(outputs)
+        elif pl_module.is_calibrated:  # for the time being
+            self.score(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the thresholds anew, unless the model is being trained."""

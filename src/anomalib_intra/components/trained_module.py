@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
+from anomalib_intra.components.evaluator import PatientEvaluator
+from anomalib_intra.components.pre_processor import OnImagesOnly
+from anomalib_intra.components.watched import agree_on_metrics, keeper_of_the_best, validates
 from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
@@ -29,6 +32,7 @@ from anomalib_intra.training.internals import (
     trainer_of,
     training_source,
     validation_source,
+    weights_were_averaged,
 )
 from anomalib_intra.training.one_run import OneRun
 from anomalib_intra.training.processes import share_run_folder
@@ -82,6 +86,7 @@ class TrainedModule(CalibratedModule):
         self.loaded_from: str | None = None
         self._finders = PostponedFinders()
         self._first_epoch = 0
+        self._scores_validation = False
         self._val_loss = MeanMetric()
         #: A row for each epoch trained: ``epoch`` and, where there was one, ``train_loss`` and ``val_loss``.
         self.losses: list[dict[str, float]] = []
@@ -107,7 +112,10 @@ class TrainedModule(CalibratedModule):
             print_each_line_once()
         run = next((callback for callback in self._callbacks if isinstance(callback, OneRun)), None) or OneRun()
         run.take_out_others(self.trainer)
-        own: list[Callback] = list(super().configure_callbacks())  # type: ignore[arg-type]  # (never a single one)
+        components: Any = super().configure_callbacks()
+        own: list[Callback] = [
+            OnImagesOnly(component) if isinstance(component, PreProcessor) else component for component in components
+        ]
         own += [FiniteLoss(), Throughput(), LossHistory(), ValidatedEnd()]
         # One that is there already must come after the post-processor, which gives it scores.
         reports = [callback for callback in self._callbacks if isinstance(callback, RunReport)]
@@ -156,11 +164,21 @@ class TrainedModule(CalibratedModule):
 
     def on_fit_start(self) -> None:
         """Put the loaders of samples and of held-out images in the place of the datamodule's image loaders."""
-        self.post_processor.reset()
+        self.forget_calibration()
         training, validation = training_source(self.trainer), validation_source(self.trainer)
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
-        validates = validation.is_defined() and has_validation_images(datamodule)
-        self._images = self._sort_out(training.dataloader(), validation.dataloader() if validates else None)
+        has_some = validation.is_defined() and has_validation_images(datamodule)
+        val_loader = validation.dataloader() if has_some else None
+        wants_scores = isinstance(self.evaluator, PatientEvaluator) and self.evaluator.wants_scores
+        self._images = self._sort_out(training.dataloader(), val_loader, wants_scores)
+        self._scores_validation = wants_scores and self._images.anomalies_held_out and validates(self.trainer)
+        agree_on_metrics(self.trainer, self.evaluator, self._scores_validation)
+        if self._scores_validation:
+            logger.warning(
+                "While training, validation images are scored by comparison with %d training images for the time "
+                "being: their metrics tell one epoch from another, and only those of the test are the model's.",
+                len(self._images.few.dataset),  # type: ignore[union-attr, arg-type]
+            )
         if self._sample_seed is None:
             self._sample_seed = self.trainer.strategy.broadcast(torch.initial_seed() % 2**31)
         self._loader = SampleLoader(
@@ -214,22 +232,28 @@ class TrainedModule(CalibratedModule):
 
     def end_training(self) -> None:
         """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
-        kept = self.trainer.checkpoint_callback
+        kept = keeper_of_the_best(self.trainer)
         best = getattr(kept, "best_model_path", "")
         # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
         stored = bool(best) and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or "")
         if stored:
             checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
-            self.load_state_dict(checkpoint["state_dict"])
-            logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
+            if weights_were_averaged(self.trainer):
+                logger.info("Keeping the averaged weights, which go into %s.", best)
+            else:
+                self.load_state_dict(checkpoint["state_dict"])
+                logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
         assert self._images is not None
         self._calibrate(self._images)
         if stored:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
+            checkpoint["calibrated_through"] = self.calibrated_through
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
+        if isinstance(self.evaluator, PatientEvaluator):
+            self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._loader = None
 
@@ -244,8 +268,20 @@ class TrainedModule(CalibratedModule):
     # ---- validation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        """Begin to average the validation loss."""
+        """Begin to average the validation loss; where images are to be scored, compare them with some for now."""
         self._val_loss.reset()
+        if self.trainer.state.fn == "fit" and self._scores_validation:
+            assert self._images is not None
+            assert self._images.few is not None
+            self.learn_normal(self._images.few)
+
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Forget what the images were compared with for now: it must get into no checkpoint, nor into an average."""
+        del outputs, batch, dataloader_idx
+        trainer = self.trainer
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        if trainer.state.fn == "fit" and self._scores_validation and batch_idx + 1 == sum(batches):
+            self.forget_calibration()
 
     def add_val_loss(self, loss: torch.Tensor, count: int) -> None:
         """Add the loss of a batch of held-out images to the validation loss.

@@ -16,12 +16,10 @@ class ImageSamples(Symmetries):
     Args:
         image (torch.Tensor): The images they are among, as bytes or in [0, 1], shape ``(P, 3, H, W)``.
         index (torch.Tensor): Which image, shape ``(B,)``.
-        gt_mask (None): Always None; anomalib's pre-processor asks for it.
     """
 
     image: torch.Tensor
     index: torch.Tensor
-    gt_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Number of images."""

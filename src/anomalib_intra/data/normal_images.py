@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which images a model trains on, is stopped by and is calibrated with (sec. 4.1), for any datamodule."""
 
-import copy
 import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataset
+from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import ValSplitMode
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision.transforms.v2 import Compose, Resize
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
+
+from anomalib_intra.data.pipeline import evaluation_transform, is_surely_fixed, refuse_random, seen_through
 
 logger = logging.getLogger(__name__)
 
@@ -79,17 +80,21 @@ class Share(DistributedSampler[Any]):
 class NormalImages:
     """The loaders of a training run.
 
+    All but the one to train on give images as the test will: through what the datamodule does to test images.
+
     Of several processes, each trains on samples from all images and evaluates a share of them: every n-th image. Where
     there are fewer held-out images than processes, each takes all of them, since Lightning cannot wait for a process
     that has nothing to validate.
 
     Args:
         training (DataLoader): Normal images to sample from, shuffled, augmented as the datamodule says.
-        statistics (DataLoader): The same images without augmentation, to calibrate with: the training mean of InTra
-            (eq. 17), the memory bank of Patch-SVDD.
+        statistics (DataLoader): The same images as the test would see them, to calibrate with: the training mean of
+            InTra (eq. 17), the memory bank of Patch-SVDD.
         held_out (DataLoader): Images that are never trained on; the normal ones give the validation loss.
         thresholds (DataLoader): Images to set thresholds on: held-out ones, or the datamodule's validation images.
         same_every_epoch (bool): Whether a training image is the same each time it is read, as far as is known.
+        few (DataLoader | None): Some of ``statistics``, to calibrate with for the time being while training.
+        anomalies_held_out (bool): Whether ``held_out`` has anomalies, as far as is known.
     """
 
     training: DataLoader[Any]
@@ -97,6 +102,8 @@ class NormalImages:
     held_out: DataLoader[Any]
     thresholds: DataLoader[Any]
     same_every_epoch: bool
+    few: DataLoader[Any] | None = None
+    anomalies_held_out: bool = False
 
     @classmethod
     def of(
@@ -104,34 +111,42 @@ class NormalImages:
         train_loader: DataLoader[Any],
         val_loader: DataLoader[Any] | None,
         datamodule: Any,
-        resize: Any = None,
         evaluated_at_once: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        scored: bool = False,
     ) -> "NormalImages":
         """Sort out the images of a datamodule, or of two plain loaders, without changing either.
 
         The datamodule's own validation images are used where they were taken from the training set or lie in a folder
-        of their own. Where they are test images, or where there are none, 10 % of the training images are held out
-        instead, so that no test image decides when training stops.
+        of their own. Where they are test images, or where none of them is normal, 10 % of the training images are held
+        out instead, so that no test image decides when training stops.
 
         Args:
             train_loader (DataLoader): Loader of normal training images.
             val_loader (DataLoader | None): Loader of validation images.
             datamodule (Any): The datamodule both come from, or None.
-            resize (Any): Transform of the model, which replaces augmentations for statistics.
             evaluated_at_once (int): Batch size of all loaders but the training one. Small batches let progress bars
                 move while a large model works.
             rank (int): Number of this process, from 0.
             world_size (int): Number of processes.
+            scored (bool): Whether validation images are scored while training. Where they were set apart from the test
+                images, they are then added to ``held_out``.
 
         Returns:
             NormalImages: The loaders.
+
+        Raises:
+            ValueError: If there are too few images, or test images are changed at random.
         """
         # Any, since torch's Dataset has no length.
         dataset: Any = train_loader.dataset
         val_images: Any = val_loader.dataset if val_loader is not None else []
-        plain = _without_augmentation(dataset, resize)
+        tested_through = evaluation_transform(datamodule, dataset, val_images)
+        refuse_random(tested_through, "What the datamodule does to test images")
+        plain = seen_through(dataset, tested_through)
+        if isinstance(datamodule, AnomalibDataModule):
+            val_images = seen_through(val_images, tested_through)
 
         def training(images: Any) -> DataLoader[Any]:
             return _loader(images, train_loader, train_loader.batch_size, shuffle=True)
@@ -139,14 +154,24 @@ class NormalImages:
         def evaluation(images: Any) -> DataLoader[Any]:
             return shared_loader(images, val_loader or train_loader, evaluated_at_once, rank, world_size)
 
-        def validation(images: Any) -> DataLoader[Any]:
+        def by_all(images: Any) -> DataLoader[Any]:
             ranks = (rank, world_size) if len(images) >= world_size else (0, 1)
             return shared_loader(images, val_loader or train_loader, evaluated_at_once, *ranks)
 
+        def few_of(images: Any) -> DataLoader[Any]:
+            return by_all(Subset(images, range(0, len(images), math.ceil(len(images) / HELD_OUT_MOST))))
+
+        same_every_epoch = isinstance(dataset, AnomalibDataset) and is_surely_fixed(dataset.augmentations)
         mode = getattr(datamodule, "val_split_mode", None)
-        if len(val_images) > 0 and mode not in SPLITS_FROM_TEST:
+        if mode not in SPLITS_FROM_TEST and _has(val_images, "has_normal"):
             return cls(
-                training(dataset), evaluation(plain), validation(val_images), evaluation(val_images), _is_plain(dataset)
+                training(dataset),
+                evaluation(plain),
+                by_all(val_images),
+                evaluation(val_images),
+                same_every_epoch,
+                few_of(plain),
+                _has(val_images, "has_anomalous"),
             )
 
         chosen = held_out_indices(len(dataset))
@@ -161,30 +186,27 @@ class NormalImages:
                 len(chosen),
             )
         rest = sorted(set(range(len(dataset))) - set(chosen))
-        held_out = Subset(plain, chosen)
+        held_out: Any = Subset(plain, chosen)
+        # F1 needs both kinds: of anomalies alone, the lowest score would become the threshold.
+        decided_on = held_out
+        if len(val_images) > 0:
+            decided_on = val_images if _has(val_images, "has_normal") else ConcatDataset([val_images, held_out])
+        # Those of same_as_test are the test images themselves: whatever is monitored would be chosen by them.
+        scores_others = scored and mode != ValSplitMode.SAME_AS_TEST and _has(val_images, "has_anomalous")
         return cls(
             training(Subset(dataset, rest)),
             evaluation(Subset(plain, rest)),
-            validation(held_out),
-            thresholds=evaluation(val_images if len(val_images) > 0 else held_out),
-            same_every_epoch=_is_plain(dataset),
+            by_all(ConcatDataset([held_out, val_images]) if scores_others else held_out),
+            evaluation(decided_on),
+            same_every_epoch,
+            few_of(Subset(plain, rest)),
+            scores_others,
         )
 
 
-def _without_augmentation(dataset: Any, resize: Any) -> Any:
-    if not hasattr(dataset, "augmentations"):
-        return dataset
-    dataset = copy.copy(dataset)
-    dataset.augmentations = resize
-    return dataset
-
-
-def _is_plain(dataset: Dataset[Any]) -> bool:
-    if not isinstance(dataset, AnomalibDataset):
-        return False
-    transform = dataset.augmentations
-    transforms = transform.transforms if isinstance(transform, Compose) else [transform]
-    return all(type(one) in (Resize, type(None)) for one in transforms)
+def _has(images: Any, kind: str) -> bool:
+    """Tell whether some images have a property of anomalib's data sets; of others it is not known, and assumed."""
+    return len(images) > 0 and bool(getattr(images, kind, True))
 
 
 def shared_loader(

@@ -18,13 +18,14 @@ from einops import rearrange
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch.utils.data import DataLoader
 
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.reconstruction import Comparison, Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
-from anomalib_intra.data.normal_images import NormalImages
+from anomalib_intra.components.watched import validates
 from anomalib_intra.intra.grid import patchify
 from anomalib_intra.intra.loss import InpaintingLoss
 from anomalib_intra.intra.second_pass import second_pass
@@ -158,10 +159,10 @@ class InTra(ReconstructionModule):
     # ---- components --------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add early stopping, unless the user brought their own."""
+        """Add early stopping, unless the user brought their own or nothing is validated."""
         callbacks = list(super().configure_callbacks())
         present = self.trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
-        if not any(isinstance(callback, EarlyStopping) for callback in present):
+        if validates(self.trainer) and not any(isinstance(callback, EarlyStopping) for callback in present):
             callbacks.append(EarlyStopping("val_loss", mode="min", patience=self.patience))
         return callbacks
 
@@ -296,11 +297,11 @@ class InTra(ReconstructionModule):
         second = second_pass(self.model, Reconstruction(first.image, first.reconstruction), suspicious)
         return Comparison(*second, difference_map(*second, self.post_processor.colour_weight))
 
-    def set_thresholds(self, images: NormalImages) -> None:
+    def set_thresholds(self, images: DataLoader[Any]) -> None:
         """Set the thresholds, those of the first pass before those of the second.
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Images to set them on, as a test would see them.
         """
         super().set_thresholds(images)
         if self.second_pass:

@@ -22,7 +22,6 @@ class WindowBatch(Symmetries):
         s (torch.Tensor): Its column, 1-based, shape ``(B,)``.
         t (torch.Tensor): Row of the hidden patch, 1-based, shape ``(B,)``.
         u (torch.Tensor): Its column, 1-based, shape ``(B,)``.
-        gt_mask (None): Always None; anomalib's pre-processor asks for it.
 
     All positions are those in the transposed and flipped image.
     """
@@ -33,7 +32,6 @@ class WindowBatch(Symmetries):
     s: torch.Tensor
     t: torch.Tensor
     u: torch.Tensor
-    gt_mask: torch.Tensor | None = None
 
     def __len__(self) -> int:
         """Number of windows."""

@@ -19,6 +19,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
@@ -115,6 +117,8 @@ class OnePassInTra(ReconstructionModule):
         if minutes is not None and minutes <= 0:
             msg = f"minutes must be more than 0, got {minutes}; None trains for the trainer's epochs."
             raise ValueError(msg)
+        check_counts(images_per_step=images_per_step, depth=depth, embed_dim=embed_dim, patch_size=patch_size)
+        check_weights(alpha=alpha, beta=beta, learning_rate=learning_rate)
         if self.post_processor.asked_settings.setdefault("deviation", "half") != "half":
             msg = "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor."
             raise ValueError(msg)
@@ -181,15 +185,15 @@ class OnePassInTra(ReconstructionModule):
             shares.append(trainer.global_step / (epochs * len(self._loader)))
         return min(1.0, max(shares))
 
-    def on_fit_start(self) -> None:
+    def get_ready(self) -> None:
         """Compute mean and standard deviation of each channel, by which images are normalised."""
-        super().on_fit_start()
         if not self.trainer.ckpt_path:
             self._seconds = 0.0
         assert self._images is not None
         total, count = torch.zeros(2, 3, device=self.device), 0
         for batch in track(self._images.statistics, "Mean and standard deviation of the colours"):
-            images = self.prepare(batch).images
+            batch = self.as_tested(batch)
+            images = torch.as_tensor(batch.image)[is_normal(batch)]
             total += torch.stack([images.mean(dim=(2, 3)).sum(dim=0), images.square().mean(dim=(2, 3)).sum(dim=0)])
             count += len(images)
         mean, mean_square = self.mean_of_all(total, count)
@@ -213,7 +217,7 @@ class OnePassInTra(ReconstructionModule):
         """
         del args, kwargs
         loss = self.loss_of(batch)
-        self.log("train_loss", loss, prog_bar=True, on_step=True, on_epoch=True, batch_size=len(batch))
+        self.log_train_loss(loss, len(batch))
         return loss
 
     def loss_of(self, batch: ImageSamples) -> torch.Tensor:

@@ -16,12 +16,13 @@ from einops import rearrange
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from rich.progress import track
 from torch import nn
+from torch.utils.data import DataLoader
 
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
 from anomalib_intra.components.visualizer import NamedImageVisualizer
-from anomalib_intra.data.normal_images import NormalImages, Share
+from anomalib_intra.data.normal_images import Share
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, sample_pairs
 from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
@@ -123,10 +124,9 @@ class PatchSVDD(TrainedModule):
         return Sampling(sample_pairs, self.pairs_per_image, self.pair_batch_size)
 
     def get_ready(self) -> None:
-        """Forget the memory bank, and compute the mean training image, which is subtracted from all images."""
+        """Compute the mean training image, which is subtracted from all images."""
         assert self._images is not None
-        self.model.empty_memory_bank()
-        self.model.mean_image.copy_(self.mean_training_image(self._images))
+        self.model.mean_image.copy_(self.mean_training_image(self._images.statistics))
 
     def training_step(self, batch: PairBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Tell the relative positions of patches, and bring near ones together.
@@ -167,7 +167,7 @@ class PatchSVDD(TrainedModule):
             images = torch.as_tensor(batch.image)[normal]
             samples = sample_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(self._number(batch_idx)))
             self.add_val_loss(self._loss_of(samples, noise=0.0).total, len(samples))
-        return batch
+        return self.test_step(batch) if self.is_calibrated else batch
 
     def _number(self, batch_idx: int) -> int:
         """Number a batch as a single process would."""
@@ -188,21 +188,33 @@ class PatchSVDD(TrainedModule):
         """Whether the memory bank is there."""
         return self.model.has_memory_bank
 
-    def calibrate(self, images: NormalImages) -> None:
-        """Fill the memory banks with the patches of the training images, then set the thresholds.
+    def forget_calibration(self) -> None:
+        """Forget the memory bank, too."""
+        super().forget_calibration()
+        self.model.empty_memory_bank()
+
+    def learn_normal(self, images: DataLoader[Any]) -> None:
+        """Fill the memory banks with the patches of the training images.
 
         Args:
-            images (NormalImages): The loaders of the run.
+            images (DataLoader): Training images, as a test would see them.
         """
         small, big = [], []
-        for batch in track(images.statistics, "Memory bank"):
-            batch = self.on_device(batch)
+        for batch in track(images, "Memory bank"):
+            batch = self.as_tested(batch)
             features = self.model.encode(torch.as_tensor(batch.image)[is_normal(batch)])
             small.append(rearrange(features.small, "b d h w -> (b h w) d"))
             big.append(rearrange(features.big, "b d h w -> (b h w) d"))
         self.model.bank_small, self.model.bank_big = (gathered(torch.cat(bank)) for bank in (small, big))
-        for batch in track(images.thresholds, "Thresholds"):
-            self.post_processor.observe(self.test_step(self.on_device(batch)))
+
+    def set_thresholds(self, images: DataLoader[Any]) -> None:
+        """Set the thresholds, given a memory bank.
+
+        Args:
+            images (DataLoader): Images to set them on, as a test would see them.
+        """
+        for batch in track(images, "Thresholds"):
+            self.post_processor.observe(self.test_step(self.as_tested(batch)))
         self.post_processor.set_thresholds()
 
     # ---- test and prediction -----------------------------------------------------------------------------------------

@@ -67,7 +67,6 @@ class PairBatch:
         big_offset (torch.Tensor): Shape ``(B, 2)``.
         big_near_position (torch.Tensor): Shape ``(B, 2)``.
         big_near_offset (torch.Tensor): Shape ``(B, 2)``.
-        gt_mask (None): Always None; anomalib's pre-processor asks for it.
     """
 
     image: torch.Tensor
@@ -82,7 +81,6 @@ class PairBatch:
     big_offset: torch.Tensor
     big_near_position: torch.Tensor
     big_near_offset: torch.Tensor
-    gt_mask: None = None
 
     def __len__(self) -> int:
         """Number of samples."""
