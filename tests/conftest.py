@@ -68,7 +68,7 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def few_root(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quarter of the generated images of weave: 18 to train on, 2 held out, 8 good and 8 anomalous ones to test."""
-    root = tmp_path_factory.mktemp("few")
+    root = tmp_path_factory.mktemp("few") / "TextureDemo"
     shutil.copytree(demo_root / "weave", root / "weave")
     for folder in (path for path in (root / "weave").glob("*/*") if path.is_dir()):
         kept = 20 if folder.parent.name == "train" else 8 if folder.name == "good" else 2
