@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
+import os
+import shutil
 import socket
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 from anomalib.engine import Engine
+from lightning.pytorch import seed_everything
 
-from anomalib_intra import InTra, TextureDemo
+from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction import Comparison
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
-torch.set_num_threads(1)  # on tensors this small, threads only wait for each other
+# On tensors this small, threads only wait for each other; the same holds for processes that tests start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -62,9 +69,26 @@ def demo_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def few_root(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A quarter of the generated images of weave: 18 to train on, 2 held out, 8 good and 8 anomalous ones to test."""
+    root = tmp_path_factory.mktemp("few") / "TextureDemo"
+    shutil.copytree(demo_root / "weave", root / "weave")
+    for folder in (path for path in (root / "weave").glob("*/*") if path.is_dir()):
+        kept = 20 if folder.parent.name == "train" else 8 if folder.name == "good" else 2
+        for path in sorted(folder.iterdir())[kept:]:
+            path.unlink()
+    return root
+
+
 @pytest.fixture
 def demo(demo_root: Path) -> TextureDemo:
     return TextureDemo(demo_root, num_workers=0)
+
+
+@pytest.fixture
+def few(few_root: Path) -> TextureDemo:
+    return TextureDemo(few_root, num_workers=0)
 
 
 def tiny_engine(root: Path, **kwargs: object) -> Engine:
@@ -73,7 +97,57 @@ def tiny_engine(root: Path, **kwargs: object) -> Engine:
 
 
 def tiny_intra(**kwargs: object) -> InTra:
-    return InTra(**{**TINY, **kwargs})
+    """A tiny model. It draws no pictures unless it is told to: they take three times as long as its training."""
+    return InTra(**{**TINY, "visualizer": False, **kwargs})
+
+
+def tiny_patch_svdd(**kwargs: object) -> PatchSVDD:
+    return PatchSVDD(**{"image_size": (128, 128), "pairs_per_image": 2, "pair_batch_size": 16, **kwargs})
+
+
+class Run(NamedTuple):
+    """A training and a test that are over; who changes the model takes a copy or loads the checkpoint."""
+
+    model: InTra | PatchSVDD
+    folder: Path
+    metrics: dict[str, float]
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "weights/lightning/model.ckpt"
+
+
+def train_and_test(model: InTra | PatchSVDD, root: Path, data_root: Path, max_epochs: int) -> Run:
+    engine = tiny_engine(root, max_epochs=max_epochs)
+    (metrics,) = engine.train(model, datamodule=TextureDemo(data_root, num_workers=0))
+    return Run(model, Path(engine.trainer.default_root_dir), metrics)
+
+
+@pytest.fixture(scope="session")
+def trained_intra(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tiny InTra, trained for three epochs and tested, with pictures and report."""
+    seed_everything(0)
+    return train_and_test(tiny_intra(visualizer=True), tmp_path_factory.mktemp("intra"), demo_root, max_epochs=3)
+
+
+@pytest.fixture(scope="session")
+def trained_patch_svdd(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A PatchSVDD, trained for an epoch on a few images and tested."""
+    seed_everything(0)
+    return train_and_test(
+        tiny_patch_svdd(visualizer=False), tmp_path_factory.mktemp("patch_svdd"), few_root, max_epochs=1
+    )
+
+
+class InThisProcess:
+    """Runs at once what would have a process of its own, which takes long to start."""
+
+    exitcode = 0
+
+    def __init__(self, target: Callable, args: tuple) -> None:
+        self.start = partial(target, *args)
+
+    join = kill = lambda self: None
 
 
 def compared(images: torch.Tensor, reconstructions: torch.Tensor, colour_weight: float = 0.0) -> Comparison:

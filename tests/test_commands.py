@@ -23,7 +23,7 @@ Command = Callable[..., AnomalibCLI]
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def command(request: pytest.FixtureRequest, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+def command(request: pytest.FixtureRequest, few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     """Run `anomalib COMMAND` with a model; every run has its own folder of results unless it is told one."""
     model, arguments = request.param, MODELS[request.param]
     given = [
@@ -31,7 +31,7 @@ def command(request: pytest.FixtureRequest, demo_root: Path, tmp_path_factory: p
         for name, value in arguments.items()
         for x in (f"--model.{name}", str(list(value) if isinstance(value, tuple) else value))
     ]
-    data = ["--data", "anomalib_intra.TextureDemo", "--data.root", str(demo_root), "--data.num_workers", "0"]
+    data = ["--data", "anomalib_intra.TextureDemo", "--data.root", str(few_root), "--data.num_workers", "0"]
 
     def run(name: str, *more: str | Path, with_data: bool = True) -> AnomalibCLI:
         folder = tmp_path_factory.mktemp(name)
@@ -73,13 +73,13 @@ def metrics_of(cli: AnomalibCLI) -> dict[str, float]:
 
 
 def test_train_fits_tests_and_writes_checkpoint_config_and_pictures(
-    trained: AnomalibCLI, checkpoint: Path, demo_root: Path
+    trained: AnomalibCLI, checkpoint: Path, few_root: Path
 ) -> None:
     assert set(metrics_of(trained)) == METRICS
     assert checkpoint.parts[-4:] == ("v0", *Path("weights/lightning/model.ckpt").parts)
     results = checkpoint.parents[2]
     assert (results / "config.yaml").is_file()
-    images = {path.relative_to(demo_root / "weave") for path in (demo_root / "weave" / "test").rglob("*.png")}
+    images = {path.relative_to(few_root / "weave") for path in (few_root / "weave" / "test").rglob("*.png")}
     assert {path.relative_to(results / "images") for path in (results / "images").rglob("*.png")} == images
 
 
@@ -114,20 +114,20 @@ def test_test_repeats_the_metrics_of_training(command: Command, trained: Anomali
     assert metrics_of(command("test", "--ckpt_path", checkpoint)) == metrics_of(trained)
 
 
-def test_predict_takes_a_folder_and_an_image_file(command: Command, checkpoint: Path, demo_root: Path) -> None:
-    folder = demo_root / "weave" / "test" / "hole"
+def test_predict_takes_a_folder_and_an_image_file(command: Command, checkpoint: Path, few_root: Path) -> None:
+    folder = few_root / "weave" / "test" / "hole"
     predicted = [
         command("predict", "--data", path, "--ckpt_path", checkpoint, with_data=False)
-        for path in (folder, folder / "003.png")
+        for path in (folder, folder / "001.png")
     ]
     of_folder, of_file = (
         {Path(batch.image_path[0]).name: batch for batch in cli.engine.trainer.predict_loop.predictions}
         for cli in predicted
     )
     assert set(of_folder) == {path.name for path in folder.iterdir()}
-    assert set(of_file) == {"003.png"}
-    assert torch.equal(of_file["003.png"].pred_score, of_folder["003.png"].pred_score)
-    assert torch.equal(of_file["003.png"].anomaly_map, of_folder["003.png"].anomaly_map)
+    assert set(of_file) == {"001.png"}
+    assert torch.equal(of_file["001.png"].pred_score, of_folder["001.png"].pred_score)
+    assert torch.equal(of_file["001.png"].anomaly_map, of_folder["001.png"].anomaly_map)
     for cli, count in zip(predicted, (len(of_folder), 1), strict=True):
         assert len(list(Path(cli.engine.trainer.default_root_dir).rglob("*.png"))) == count
 

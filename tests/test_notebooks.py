@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The notebooks run from start to end, and what is stored in them is what such a run gives.
+"""What is stored in the notebooks is of one run from start to end; slow tests run them and compare.
 
 ``python -m tests.test_notebooks`` runs all of them, or those whose names are given, and stores their outputs.
 """
@@ -98,6 +98,7 @@ def test_stored_pictures_are_small() -> None:
 # ---- what they find --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_and_look_beats_the_yardsticks(tmp_path: Path) -> None:
     found = run("01_train_and_look", tmp_path, table="table.to_dict()", same="same", report="report.is_file()")
     for metric in ("image_AUROC", "pixel_AUROC", "PSNR"):
@@ -107,6 +108,7 @@ def test_train_and_look_beats_the_yardsticks(tmp_path: Path) -> None:
     assert found["report"]
 
 
+@pytest.mark.slow
 def test_your_own_images_finds_the_bad_ones_and_refuses_a_file_that_will_not_do(tmp_path: Path) -> None:
     found = run(
         "02_your_own_images",
@@ -136,6 +138,7 @@ def test_benchmark_sets_models_side_by_side_and_goes_on(tmp_path: Path) -> None:
     assert "Missing runs" not in found["page"]
 
 
+@pytest.mark.slow
 def test_exports_score_like_the_model(tmp_path: Path) -> None:
     found = run(
         "04_export_and_deploy",

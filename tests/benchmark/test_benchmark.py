@@ -2,7 +2,7 @@
 """The benchmark: entries, isolation, resuming, tables, and the whole command on the generated data."""
 
 import json
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from anomalib.models import AnomalibModule, Padim
 from anomalib.models.components import TimmFeatureExtractor
 from sklearn.metrics import roc_auc_score
 
-from anomalib_intra import InTra
+from anomalib_intra import InTra, cli
 from anomalib_intra.benchmark import benchmark
 from anomalib_intra.benchmark.evaluation import AUROC, F1Max, unsaturated
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
@@ -24,7 +24,7 @@ from anomalib_intra.benchmark.published import OBJECTS, TEXTURES, published
 from anomalib_intra.benchmark.runs import build_datamodule, build_model, parse
 from anomalib_intra.benchmark.tables import comparison, published_means
 
-from ..conftest import CONFIGS, TINY
+from ..conftest import CONFIGS, TINY, InThisProcess
 
 PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"layers": ["layer1"], "n_features": 8}}
 
@@ -312,8 +312,8 @@ def test_a_damaged_row_counts_as_missing(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, subprocess.CompletedProcess]:
-    """The command, with one model that works and one whose backbone file is missing."""
+def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, int]:
+    """The command, with one model that works and one whose backbone file is missing, each in its own process."""
     folder = tmp_path_factory.mktemp("benchmark")
     intra = {
         "class_path": "anomalib_intra.InTra",
@@ -331,7 +331,6 @@ def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
                 "grid": [
                     {**PADIM, "name": "Broken", "backbone_weights": str(folder / "none.pth")},
                     {**intra, "trainer": {"max_epochs": 1, "enable_progress_bar": False}},
-                    {"name": "flat", "class_path": "anomalib_intra.yardsticks.Yardstick"},
                 ]
             },
         },
@@ -341,15 +340,23 @@ def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return path, folder / "out", run_command(path, folder / "out")
 
 
-def run_command(config: Path, output: Path) -> subprocess.CompletedProcess:
-    script = Path(sys.executable).with_name("anomalib-intra")
-    command = [script, "benchmark", "--config", str(config), "--output", str(output)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def run_command(config: Path, output: Path) -> int:
+    """Run the command and give its exit code; signal handlers are put back."""
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["anomalib-intra", "benchmark", "--config", str(config), "--output", str(output)])
+        try:
+            cli.main()
+        except SystemExit as ended:
+            return int(ended.code)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    return 0
 
 
 def test_whole_command(whole) -> None:
-    config, output, done = whole
-    assert done.returncode == 1, done.stderr  # one of the runs failed
+    config, output, exit_code = whole
+    assert exit_code == 1  # one of the runs failed
     rows = pd.read_csv(output / "benchmark.csv").set_index("model")
     assert rows.loc["Broken", "error"].startswith("FileNotFoundError: There is no file")
     assert "Traceback" in (output / "Broken/weave/seed42/error.txt").read_text()
@@ -358,10 +365,6 @@ def test_whole_command(whole) -> None:
     assert intra[["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max", "pixel_F1Max"]].between(0, 1).all()
     assert (intra[["fit_s", "test_s", "ms_per_image", "peak_memory_mib", "parameters", "steps"]] > 0).all()
     assert intra["epochs"] == 1
-    flat = rows.loc["flat"]
-    assert pd.isna(flat["error"])
-    assert flat["steps"] == 0
-    assert 0.5 < flat["image_AUROC"] < 1
     assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
     page = (output / "benchmark.md").read_text()
     for text in ("Detection", "Segmentation", "camera-ready", "Failed runs", "none.pth", "| InTra", "nothing"):
@@ -369,16 +372,22 @@ def test_whole_command(whole) -> None:
     assert yaml.safe_load(page.split("```yaml")[1].split("```")[0]) == yaml.safe_load(config.read_text())
 
 
-def test_calling_again_runs_only_what_is_missing(whole) -> None:
+def test_calling_again_runs_only_what_is_missing(whole, monkeypatch) -> None:
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", InThisProcess)
     config, output, _ = whole
     before = (output / "InTra/weave/seed42/row.json").stat().st_mtime_ns
     settings = yaml.safe_load(config.read_text())
-    settings["benchmark"]["model"]["grid"] = settings["benchmark"]["model"]["grid"][1:]
-    shorter = config.with_name("shorter.yaml")
-    shorter.write_text(yaml.safe_dump(settings))
-    rows = benchmark(shorter, output)
+    flat = {"name": "flat", "class_path": "anomalib_intra.yardsticks.Yardstick"}
+    settings["benchmark"]["model"]["grid"] = [settings["benchmark"]["model"]["grid"][1], flat]
+    other = config.with_name("other.yaml")
+    other.write_text(yaml.safe_dump(settings))
+    rows = benchmark(other, output)
     assert (output / "InTra/weave/seed42/row.json").stat().st_mtime_ns == before
     assert list(rows["model"]) == ["InTra", "flat"]
+    assert list(rows["error"]) == ["", ""]
+    measured = rows.set_index("model").loc["flat"]
+    assert measured["steps"] == 0
+    assert 0.5 < measured["image_AUROC"] < 1
     page = (output / "benchmark.md").read_text()
     assert "Failed" not in page
     assert "Missing" not in page

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported models score image files like Engine.predict: torch, ONNX Runtime, OpenVINO, int8."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Re
 from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.exportable_resize import exportable, resize_matrix
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Run, tiny_engine, tiny_intra
 
 nncf = pytest.importorskip("nncf")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -80,30 +81,21 @@ def files(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return sorted(folder.iterdir())
 
 
-def make_intra() -> InTra:
-    return tiny_intra(depth=2)
-
-
-def make_patch_svdd() -> PatchSVDD:
-    return PatchSVDD(image_size=(128, 128), pairs_per_image=2, pair_batch_size=16)
-
-
-@pytest.fixture(scope="module", params=[make_intra, make_patch_svdd], ids=["InTra", "PatchSVDD"])
-def trained(
-    request: pytest.FixtureRequest, demo_root: Path, files: list[Path], tmp_path_factory: pytest.TempPathFactory
-) -> Trained:
-    make: Callable[[], InTra | PatchSVDD] = request.param
-    torch.manual_seed(0)
+@pytest.fixture(scope="module", params=["trained_intra", "trained_patch_svdd"], ids=["InTra", "PatchSVDD"])
+def trained(request: pytest.FixtureRequest, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    run: Run = request.getfixturevalue(request.param)
     root = tmp_path_factory.mktemp("export")
-    model, engine = make(), tiny_engine(root, max_epochs=1)
-    engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0))
-    expected = gathered(tiny_engine(root).predict(model, data_path=files[0].parent))
+    model, engine = deepcopy(run.model), tiny_engine(root)
+    expected = gathered(engine.predict(model, data_path=files[0].parent))
     assert 0 < expected.pred_label.sum() < len(files)  # the labels can tell a difference
-    onnx, ir = (engine.export(model, kind, export_root=root) for kind in ("onnx", "openvino"))
+    onnx = engine.export(model, "onnx", export_root=root)
+    with pytest.MonkeyPatch.context() as patch:  # anomalib would write the same ONNX file again to convert it
+        patch.setattr(model, "to_onnx", lambda *_, **__: onnx)
+        ir = engine.export(model, "openvino", export_root=root)
     return Trained(model, engine, files, expected, onnx, ir)
 
 
-intra_only = pytest.mark.parametrize("trained", [make_intra], indirect=True, ids=["InTra"])
+intra_only = pytest.mark.parametrize("trained", ["trained_intra"], indirect=True, ids=["InTra"])
 
 
 def assert_same(got: Predictions, expected: Predictions) -> None:
@@ -192,11 +184,10 @@ def assert_only_trained_layers_are_quantized(model: Any, network: torch.nn.Modul
     assert all(tuple(f.get_shape()) in shapes or tuple(f.get_shape())[::-1] in shapes for f in factors)
 
 
-def test_int8_quantizes_trained_layers_alone(trained: Trained, demo_root: Path) -> None:
+def test_int8_quantizes_trained_layers_alone(trained: Trained, few: TextureDemo) -> None:
     """With int8 in resizing, difference map or memory bank, scores are noise."""
     model = openvino.Core().read_model(trained.openvino)
-    data = TextureDemo(demo_root, num_workers=0)
-    model = trained.model._compress_ov_model(model, CompressionType.INT8_PTQ, data)
+    model = trained.model._compress_ov_model(model, CompressionType.INT8_PTQ, few)
     assert_only_trained_layers_are_quantized(model, trained.model.model)
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     got = gathered([compiled(read(file)) for file in trained.files])
@@ -204,10 +195,11 @@ def test_int8_quantizes_trained_layers_alone(trained: Trained, demo_root: Path) 
 
 
 @intra_only
-def test_int8_takes_models_for_images_of_one_size(trained: Trained, with_reconstruction: Path, demo_root: Path) -> None:
+def test_int8_takes_models_for_images_of_one_size(
+    trained: Trained, with_reconstruction: Path, few: TextureDemo
+) -> None:
     model = openvino.convert_model(with_reconstruction)
-    data = TextureDemo(demo_root, num_workers=0)  # of 128 x 128 pixels
-    model = trained.model._compress_ov_model(model, CompressionType.INT8_PTQ, data)
+    model = trained.model._compress_ov_model(model, CompressionType.INT8_PTQ, few)  # images of 128 x 128 pixels
     assert_only_trained_layers_are_quantized(model, trained.model.model)
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ablation studies: the shipped configs, the paper's tables, and the whole command on the generated data."""
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +13,7 @@ from anomalib_intra.benchmark.runs import build_model
 from anomalib_intra.experiments.ablations import StudyRuns, ablations
 from anomalib_intra.experiments.ablations.tables import study_table
 
-from ..conftest import CONFIGS, TINY
+from ..conftest import CONFIGS, TINY, InThisProcess
 from ..test_cli import SIZES
 
 SHIPPED = {path.stem: yaml.safe_load(path.read_text()) for path in (CONFIGS / "ablations").glob("*.yaml")}
@@ -135,19 +133,8 @@ def write_config(path: Path, models: dict[str, dict], **others: object) -> None:
     path.write_text(yaml.safe_dump({"accelerator": "cpu", "benchmark": benchmark, **others}, sort_keys=False))
 
 
-class InThisProcess:
-    """Runs at once what would have a process of its own, which takes long to start; the benchmark's tests do that."""
-
-    exitcode = 0
-
-    def __init__(self, target: Callable, args: tuple) -> None:
-        self.start = partial(target, *args)
-
-    join = kill = lambda self: None
-
-
 @pytest.fixture(scope="module")
-def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[list[str]]]:
+def whole(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list[list[str]]]:
     """Two studies, stopped in the second run, then one of them alone, then the rest."""
     folder = tmp_path_factory.mktemp("ablations")
     write_config(folder / "configs" / "attention.yaml", {"InTra": {}, "InTra with MSA": {"attention": "msa"}})
@@ -161,7 +148,7 @@ def whole(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
             raise KeyboardInterrupt
         return run(self, task_id)
 
-    arguments = {"configs": folder / "configs", "root": demo_root, "output": output}
+    arguments = {"configs": folder / "configs", "root": few_root, "output": output}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("multiprocessing.context.SpawnContext.Process", InThisProcess)
         patch.setattr(BenchmarkRun, "run", interrupted)

@@ -19,15 +19,15 @@ OPTIONS = ({}, {"colour_weight": 0.5, "deviation": "scaled"}, {"second_pass": Tr
 
 
 @pytest.fixture(scope="module")
-def checkpoint(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     engine = tiny_engine(tmp_path_factory.mktemp("options"), max_epochs=1)
-    engine.fit(tiny_intra(windows_per_image=64), datamodule=TextureDemo(demo_root, num_workers=0))
+    engine.fit(tiny_intra(windows_per_image=64), datamodule=TextureDemo(few_root, num_workers=0))
     return Path(engine.best_model_path)
 
 
 def test_rows_are_tests_with_these_options_and_images_are_reconstructed_once(
-    checkpoint: Path, demo: TextureDemo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, few: TextureDemo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reconstructed = []
     reconstruct = InpaintingTransformer.reconstruct
@@ -38,11 +38,11 @@ def test_rows_are_tests_with_these_options_and_images_are_reconstructed_once(
 
     with monkeypatch.context() as patch:
         patch.setattr(InpaintingTransformer, "reconstruct", count)
-        table = map_options(checkpoint, demo, OPTIONS, tmp_path / "out")
+        table = map_options(checkpoint, few, OPTIONS, tmp_path / "out")
     images = [sum(number for shift, number in reconstructed if shift == s) for s in (0, 1)]
-    every = len(demo.train_data) + len(demo.val_data) + len(demo.test_data)
+    every = len(few.train_data) + len(few.val_data) + len(few.test_data)
     assert images[1] == every
-    assert every < images[0] <= every + len(demo.val_data) + len(demo.test_data)  # and some again in the second pass
+    assert every < images[0] <= every + len(few.val_data) + len(few.test_data)  # and some again in the second pass
 
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out/map-options.csv"), table, check_exact=False)
     assert table["options"].tolist() == [
@@ -55,19 +55,20 @@ def test_rows_are_tests_with_these_options_and_images_are_reconstructed_once(
             checkpoint,
             post_processor=InTraPostProcessor(**of_the_map),
             evaluator=PaperEvaluator(decisions=False, psnr_prefix=""),
+            visualizer=False,
             **{name: value for name, value in chosen.items() if name not in of_the_map},
         )
-        (expected,) = tiny_engine(tmp_path).test(model, datamodule=demo)
+        (expected,) = tiny_engine(tmp_path).test(model, datamodule=few)
         assert dict(row.drop("options")) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_command(
-    checkpoint: Path, demo_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    checkpoint: Path, few_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     from anomalib_intra.cli import main
 
     options = json.dumps([{"deviation": "positive"}])
-    arguments = ["--checkpoint", checkpoint, "--data", "TextureDemo", "--data.root", demo_root, "--options", options]
+    arguments = ["--checkpoint", checkpoint, "--data", "TextureDemo", "--data.root", few_root, "--options", options]
     monkeypatch.setattr("sys.argv", ["anomalib-intra", "map-options", *map(str, arguments), "--output", str(tmp_path)])
     main()
     assert "deviation=positive" in capsys.readouterr().out

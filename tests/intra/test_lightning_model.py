@@ -3,6 +3,7 @@
 
 import logging
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from torchvision.transforms.v2 import Compose, Normalize, Resize
 from anomalib_intra import InTra, InTraPostProcessor, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Run, tiny_engine, tiny_intra
 
 
 class Recorder(Callback):
@@ -54,14 +55,12 @@ class WorsensAfterFirstEpoch(Callback):
             nn.init.normal_(pl_module.model.to_pixels.weight, std=3.0)
 
 
-@pytest.fixture(scope="module")
-def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[InTra, Engine, TextureDemo, Path, list]:
-    seed_everything(0)
-    root = tmp_path_factory.mktemp("results")
-    datamodule = TextureDemo(demo_root, num_workers=0)
-    model, engine = tiny_intra(), tiny_engine(root)
-    results = engine.train(model, datamodule=datamodule)
-    return model, engine, datamodule, root / "InTra/TextureDemo/weave/v0", results
+@pytest.fixture
+def trained(
+    trained_intra: Run, demo: TextureDemo, tmp_path: Path
+) -> tuple[InTra, Engine, TextureDemo, Path, list[dict[str, float]]]:
+    model, folder, metrics = trained_intra
+    return deepcopy(model), tiny_engine(tmp_path / "trained"), demo, folder, [metrics]
 
 
 def scores_of(predictions: list) -> dict[str, torch.Tensor]:
@@ -205,7 +204,7 @@ def test_checkpoint_of_a_run_that_was_cut_off(
 
 def test_metrics_are_those_of_raw_scores(trained: tuple, tmp_path: Path) -> None:
     _, _, datamodule, run, results = trained
-    raw = InTra.load_from_checkpoint(run / "weights/lightning/model.ckpt")
+    raw = InTra.load_from_checkpoint(run / "weights/lightning/model.ckpt", visualizer=False)
     raw.post_processor.enable_normalization = False
     again = tiny_engine(tmp_path).test(raw, datamodule=datamodule)
     assert again[0] == results[0]  # to the last digit
@@ -222,7 +221,7 @@ def test_original_size_compares_with_the_masks_of_the_files(trained: tuple, tmp_
         def compute(self) -> torch.Tensor:
             return torch.tensor(0.0)
 
-    loaded = InTra.load_from_checkpoint(run / "weights/lightning/model.ckpt")
+    loaded = InTra.load_from_checkpoint(run / "weights/lightning/model.ckpt", visualizer=False)
     loaded.post_processor.original_size = True
     loaded.evaluator.test_metrics.append(Look(fields=["anomaly_map", "gt_mask"]))
     datamodule.eval_batch_size = 7  # batches that begin with normal and with anomalous images
@@ -274,7 +273,7 @@ def test_folder_without_masks(demo_root: Path, tmp_path: Path) -> None:
         normal_test_dir="test/good",
         num_workers=0,
     )
-    results = tiny_engine(tmp_path, max_epochs=1).train(tiny_intra(), datamodule=datamodule)
+    results = tiny_engine(tmp_path, max_epochs=1).train(tiny_intra(visualizer=True), datamodule=datamodule)
     assert set(results[0]) >= {"image_AUROC", "image_F1Score"}
     assert len(list((tmp_path / "InTra/parts/v0/images").rglob("*.png"))) > 5
 

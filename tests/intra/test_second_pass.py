@@ -13,7 +13,7 @@ from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.intra.second_pass import second_pass
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Run, tiny_engine, tiny_intra
 
 K = 8
 
@@ -56,23 +56,23 @@ def test_what_is_beside_a_defect_is_not_painted_from_it(model: InpaintingTransfo
 
 
 @pytest.fixture(scope="module")
-def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[InTra, Path]:
+def trained(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[InTra, Path]:
     torch.manual_seed(0)
     model = tiny_intra(second_pass=True)
     engine = tiny_engine(tmp_path_factory.mktemp("second"), max_epochs=1)
-    engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0))
+    engine.fit(model, datamodule=TextureDemo(few_root, num_workers=0))
     return model, Path(engine.best_model_path)
 
 
 @torch.no_grad()
 def test_suspicion_is_the_first_pass_and_thresholds_are_the_second_over_held_out_images(
-    trained: tuple, demo: TextureDemo
+    trained: tuple, few: TextureDemo
 ) -> None:
     model, _ = trained
     model.eval()
-    demo.setup()
+    few.setup()
     maps = []
-    for path in demo.val_data.samples.image_path:
+    for path in few.val_data.samples.image_path:
         image = model.pre_processor(read_image(path, as_tensor=True)[None])
         first = model.model(image)
         difference = difference_map(*first)
@@ -117,7 +117,7 @@ def test_a_checkpoint_and_an_export_score_as_the_model_does(trained: tuple, demo
 )
 def test_what_changes_after_training_is_calibrated_anew(
     trained: tuple,
-    demo: TextureDemo,
+    few: TextureDemo,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     changed: dict,
@@ -129,12 +129,12 @@ def test_what_changes_after_training_is_calibrated_anew(
     assert f"calibrated with {request.node.callspec.id}=" in caplog.text
     assert not model.post_processor.is_calibrated
     with caplog.at_level(logging.WARNING):
-        tiny_engine(tmp_path).test(model, datamodule=demo)
+        tiny_engine(tmp_path).test(model, datamodule=few)
     assert "Computing it from the training images" in caplog.text
 
     maps = []
     with torch.no_grad():
-        for path in demo.train_data.samples.image_path:
+        for path in few.train_data.samples.image_path:
             image = model.pre_processor(read_image(path, as_tensor=True)[None])
             maps.append(difference_map(*model.model(image), model.post_processor.colour_weight))
     torch.testing.assert_close(
@@ -150,14 +150,12 @@ def test_nothing_is_suspicious_before_there_is_a_threshold() -> None:
 
 
 def test_a_checkpoint_from_before_there_was_a_second_pass_scores_as_it_did(
-    demo_root: Path, demo: TextureDemo, tmp_path: Path
+    trained_intra: Run, demo_root: Path, tmp_path: Path
 ) -> None:
-    engine = tiny_engine(tmp_path, max_epochs=1)
-    engine.fit(tiny_intra(), datamodule=demo)
     image = read_image(demo_root / "weave/test/hole/000.png", as_tensor=True)[None]
     scores = []
     for name in ("calibrated_with", "hyper_parameters", "state_dict"):  # each of which is shorter in an old one
-        checkpoint = torch.load(engine.best_model_path, weights_only=True)
+        checkpoint = torch.load(trained_intra.checkpoint, weights_only=True)
         if name == "calibrated_with":
             del checkpoint[name]
         elif name == "hyper_parameters":
@@ -168,5 +166,5 @@ def test_a_checkpoint_from_before_there_was_a_second_pass_scores_as_it_did(
         with torch.no_grad():
             scores.append(float(InTra.load_from_checkpoint(tmp_path / "old.ckpt").eval()(image).pred_score))
     with torch.no_grad():
-        expected = float(InTra.load_from_checkpoint(engine.best_model_path).eval()(image).pred_score)
+        expected = float(InTra.load_from_checkpoint(trained_intra.checkpoint).eval()(image).pred_score)
     assert scores == [expected] * 3

@@ -36,11 +36,11 @@ class PictureBook(ImageLoggerBase, DummyLogger):
 
 
 @pytest.fixture(scope="module")
-def logged(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PictureBook]:
+def logged(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PictureBook]:
     root, book = tmp_path_factory.mktemp("loggers"), PictureBook()
     loggers = [AnomalibTensorBoardLogger(str(root / "tensorboard")), CSVLogger(root / "csv"), book]
     engine = tiny_engine(root, max_epochs=1, logger=loggers, log_every_n_steps=1)
-    engine.train(tiny_intra(), datamodule=TextureDemo(demo_root, num_workers=0))
+    engine.train(tiny_intra(visualizer=True, windows_per_image=24), datamodule=TextureDemo(few_root, num_workers=0))
     return root, book
 
 
@@ -80,32 +80,32 @@ def test_loggers_that_take_images_get_a_handful_with_names_that_files_can_have(l
         assert picture.dtype == np.uint8
 
 
-def test_without_a_visualizer_loggers_get_no_pictures(demo: TextureDemo, tmp_path: Path) -> None:
+def test_without_a_visualizer_loggers_get_no_pictures(few: TextureDemo, tmp_path: Path) -> None:
     book = PictureBook()
     engine = tiny_engine(tmp_path, max_epochs=1, logger=book, limit_train_batches=1, limit_test_batches=1)
-    engine.train(tiny_intra(visualizer=False), datamodule=demo)
+    engine.train(tiny_intra(visualizer=False), datamodule=few)
     assert book.pictures == {}
 
 
-def test_mlflow_keeps_the_pictures_as_files(demo: TextureDemo, tmp_path: Path, monkeypatch) -> None:
+def test_mlflow_keeps_the_pictures_as_files(few: TextureDemo, tmp_path: Path, monkeypatch) -> None:
     pytest.importorskip("mlflow", reason="mlflow is not installed")
     from anomalib.loggers import AnomalibMLFlowLogger
 
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = AnomalibMLFlowLogger(tracking_uri=(tmp_path / "mlruns").as_uri())
     engine = tiny_engine(tmp_path, max_epochs=1, logger=logger, limit_train_batches=1, limit_test_batches=1)
-    engine.train(tiny_intra(), datamodule=demo)
+    engine.train(tiny_intra(visualizer=True), datamodule=few)
     assert len(list((tmp_path / "mlruns").rglob("*scored*/*.png"))) == 16
 
 
-def test_weights_and_biases_keeps_the_pictures_offline(demo: TextureDemo, tmp_path: Path, monkeypatch) -> None:
+def test_weights_and_biases_keeps_the_pictures_offline(few: TextureDemo, tmp_path: Path, monkeypatch) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     from anomalib.loggers import AnomalibWandbLogger
 
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = AnomalibWandbLogger(save_dir=tmp_path, offline=True)
     engine = tiny_engine(tmp_path, max_epochs=1, logger=logger, limit_train_batches=1, limit_test_batches=1)
-    engine.train(tiny_intra(), datamodule=demo)
+    engine.train(tiny_intra(visualizer=True), datamodule=few)
     wandb.finish()
     assert logger.image_list == []
     assert len(list((tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png"))) == 16

@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 from collections import Counter
+from copy import deepcopy
 from datetime import datetime
 from html.parser import HTMLParser
 from io import BytesIO
@@ -15,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import Folder
-from anomalib.engine import Engine
 from pandas import Series
 from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
@@ -26,7 +26,7 @@ from anomalib_intra.report.page import render
 from anomalib_intra.report.plots import score_histogram, training_curves
 from anomalib_intra.report.record import Scored, TestRecord, auroc
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Run, tiny_engine, tiny_intra
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DAY = datetime(2025, 1, 1)
@@ -69,23 +69,21 @@ class Page(HTMLParser):
         return sum(tag == "h2" for tag, _ in self.elements)
 
 
-@pytest.fixture(scope="module")
-def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[InTra, Engine, Path]:
-    model, engine = tiny_intra(), tiny_engine(tmp_path_factory.mktemp("run"), max_epochs=3)
-    engine.train(model, datamodule=TextureDemo(demo_root, num_workers=0))
-    return model, engine, Path(engine.trainer.default_root_dir)
+@pytest.fixture
+def trained(trained_intra: Run) -> Run:
+    return Run(deepcopy(trained_intra.model), trained_intra.folder, trained_intra.metrics)
 
 
 def page_of(run: Path) -> Page:
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-def test_training_and_testing_leave_a_report_with_curves(trained: tuple) -> None:
-    model, engine, run = trained
+def test_training_and_testing_leave_a_report_with_curves(trained: Run) -> None:
+    model, run, metrics = trained
     page = page_of(run)
     assert "InTra · TextureDemo · weave" in page.words
     assert "52 images, 20 normal, 32 anomalous" in page.words
-    assert f"Image AUROC {float(engine.trainer.callback_metrics['image_AUROC']):.3f}" in page.words
+    assert f"Image AUROC {metrics['image_AUROC']:.3f}" in page.words
     for heading in ("Scores", "Training", "Kinds of images", "Lowest-scored anomalous images", "Settings"):
         assert heading in page.words
     assert "window_size 3" in page.words
@@ -97,8 +95,8 @@ def test_training_and_testing_leave_a_report_with_curves(trained: tuple) -> None
     assert all(np.isfinite([row["train_loss"], row["val_loss"]]).all() for row in model.losses)
 
 
-def test_report_is_one_small_file_that_points_nowhere_else(trained: tuple) -> None:
-    run = trained[-1]
+def test_report_is_one_small_file_that_points_nowhere_else(trained: Run) -> None:
+    run = trained.folder
     page = page_of(run)
     assert (run / "report.html").stat().st_size < 2e6
     for tag, attributes in page.elements:
@@ -110,8 +108,8 @@ def test_report_is_one_small_file_that_points_nowhere_else(trained: tuple) -> No
     assert {part[:1] for part in styles.split("url(")[1:]} <= {"#"}
 
 
-def test_every_picture_can_be_read_and_is_described(trained: tuple) -> None:
-    images = page_of(trained[-1]).images()
+def test_every_picture_can_be_read_and_is_described(trained: Run) -> None:
+    images = page_of(trained.folder).images()
     assert len(images) == 4 * 4 * 4  # lists, cases, panels
     for image in images:
         with Image.open(BytesIO(base64.b64decode(image["src"].split(",")[1]))) as picture:
@@ -123,15 +121,16 @@ def test_every_picture_can_be_read_and_is_described(trained: tuple) -> None:
     }  # fmt: skip
 
 
-def test_cases_are_the_most_wrongly_and_the_most_clearly_scored_images(trained: tuple, tmp_path: Path) -> None:
-    model, _, _ = trained
+def test_cases_are_the_most_wrongly_and_the_most_clearly_scored_images(
+    trained: Run, demo_root: Path, tmp_path: Path
+) -> None:
+    trained.model.visualizer = None
     scores = {}
-    root = trained[1].trainer.datamodule.root
-    for batch in tiny_engine(tmp_path).predict(model, data_path=Path(root) / "weave/test"):
+    for batch in tiny_engine(tmp_path).predict(trained.model, data_path=demo_root / "weave/test"):
         scores |= dict(zip(batch.image_path, batch.pred_score.tolist(), strict=True))
     anomalous = sorted(score for path, score in scores.items() if "/good/" not in path)
     normal = sorted(score for path, score in scores.items() if "/good/" in path)
-    words = page_of(trained[-1]).words
+    words = page_of(trained.folder).words
     for heading, expected in (
         ("Lowest-scored anomalous images", anomalous[:4]),
         ("Highest-scored normal images", normal[::-1][:4]),
@@ -144,25 +143,22 @@ def test_cases_are_the_most_wrongly_and_the_most_clearly_scored_images(trained: 
 
 
 def test_later_test_of_the_checkpoint_shows_the_curves_of_its_training(
-    trained: tuple, demo: TextureDemo, tmp_path: Path
+    trained: Run, few: TextureDemo, tmp_path: Path
 ) -> None:
-    model, engine, _ = trained
     later = tiny_engine(tmp_path, limit_test_batches=1)
-    loaded = InTra.load_from_checkpoint(engine.best_model_path)
-    later.test(loaded, datamodule=demo)
-    assert loaded.losses == model.losses
+    loaded = InTra.load_from_checkpoint(trained.checkpoint)
+    later.test(loaded, datamodule=few)
+    assert loaded.losses == trained.model.losses
     assert "Training" in page_of(Path(later.trainer.default_root_dir)).words
     by_path = tiny_intra()
-    tiny_engine(tmp_path / "by_path", limit_test_batches=1).test(
-        by_path, datamodule=demo, ckpt_path=engine.best_model_path
-    )
-    assert by_path.losses == model.losses
+    tiny_engine(tmp_path / "by_path", limit_test_batches=1).test(by_path, datamodule=few, ckpt_path=trained.checkpoint)
+    assert by_path.losses == trained.model.losses
 
 
 def test_losses_survive_resuming_and_a_new_training_begins_anew(
-    trained: tuple, demo: TextureDemo, tmp_path: Path
+    trained: Run, demo: TextureDemo, tmp_path: Path
 ) -> None:
-    model, _, run = trained
+    model, run, _ = trained
     resumed = tiny_intra()
     tiny_engine(tmp_path, max_epochs=5).fit(resumed, datamodule=demo, ckpt_path=run / "weights/lightning/last.ckpt")
     assert [row["epoch"] for row in resumed.losses] == [0, 1, 2, 3, 4]
@@ -177,38 +173,40 @@ def test_epochs_without_validation_have_no_validation_loss(demo: TextureDemo, tm
     assert ["val_loss" in row for row in model.losses] == [False, True]
 
 
-def test_without_a_visualizer_there_is_neither_report_nor_curves(demo: TextureDemo, tmp_path: Path) -> None:
-    tiny_engine(tmp_path, max_epochs=1).train(tiny_intra(visualizer=False), datamodule=demo)
+def test_without_a_visualizer_there_is_neither_report_nor_curves(few: TextureDemo, tmp_path: Path) -> None:
+    tiny_engine(tmp_path, max_epochs=1).train(tiny_intra(visualizer=False), datamodule=few)
     assert list(tmp_path.rglob("*.html")) == list(tmp_path.rglob("*.png")) == []
 
 
-def test_prediction_writes_no_report(trained: tuple, demo_root: Path, tmp_path: Path) -> None:
-    tiny_engine(tmp_path).predict(trained[0], data_path=demo_root / "weave/test/hole")
+def test_prediction_writes_no_report(trained: Run, demo_root: Path, tmp_path: Path) -> None:
+    tiny_engine(tmp_path).predict(trained.model, data_path=demo_root / "weave/test/hole")
     assert list(tmp_path.rglob("*.png")) != []
     assert list(tmp_path.rglob("*.html")) == []
 
 
-def test_own_report_of_the_user_is_the_one_that_is_written(trained: tuple, demo: TextureDemo, tmp_path: Path) -> None:
+def test_own_report_of_the_user_is_the_one_that_is_written(trained: Run, few: TextureDemo, tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, callbacks=[RunReport(cases=1)], limit_test_batches=1)
-    engine.test(trained[0], datamodule=demo)
+    engine.test(trained.model, datamodule=few)
     assert len(page_of(Path(engine.trainer.default_root_dir)).images()) == 4 * 1 * 4
 
 
 def test_report_of_raw_scores_without_metrics_shows_the_raw_threshold(
-    trained: tuple, demo: TextureDemo, tmp_path: Path
+    trained: Run, few: TextureDemo, tmp_path: Path
 ) -> None:
-    raw = tiny_intra(post_processor=InTraPostProcessor(enable_normalization=False), evaluator=False)
-    raw.load_state_dict(trained[0].state_dict())
+    raw = tiny_intra(visualizer=True, post_processor=InTraPostProcessor(enable_normalization=False), evaluator=False)
+    raw.load_state_dict(trained.model.state_dict())
     engine = tiny_engine(tmp_path, limit_test_batches=1)
-    engine.test(raw, datamodule=demo)
+    engine.test(raw, datamodule=few)
     page = page_of(Path(engine.trainer.default_root_dir))
     assert f"threshold {float(raw.post_processor.image_threshold):.3g}" in page.words
     assert "Image AUROC" not in page.words
 
 
-def test_report_of_normal_images_alone_and_without_a_threshold(trained: tuple, demo_root: Path, tmp_path: Path) -> None:
-    undecided = tiny_intra(post_processor=InTraPostProcessor(enable_thresholding=False), evaluator=False)
-    undecided.load_state_dict(trained[0].state_dict())
+def test_report_of_normal_images_alone_and_without_a_threshold(trained: Run, demo_root: Path, tmp_path: Path) -> None:
+    undecided = tiny_intra(
+        visualizer=True, post_processor=InTraPostProcessor(enable_thresholding=False), evaluator=False
+    )
+    undecided.load_state_dict(trained.model.state_dict())
     good = Folder(
         "good", normal_dir="train/good", normal_test_dir="test/good", root=demo_root / "weave", num_workers=0,
         val_split_mode="from_train", test_split_mode="none",
@@ -333,8 +331,8 @@ def test_curves_mark_the_epoch_of_the_lowest_validation_loss() -> None:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH to open the report with (apt install chromium)")
-def test_a_browser_shows_the_report(trained: tuple, tmp_path: Path) -> None:
-    report = trained[-1] / "report.html"
+def test_a_browser_shows_the_report(trained: Run, tmp_path: Path) -> None:
+    report = trained.folder / "report.html"
     quiet = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",

@@ -98,13 +98,13 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     seed_everything(5)
     log = Log()
     if kind == "intra":
-        model = tiny_intra(patience=2)
+        model = tiny_intra(patience=2, visualizer=True)
     else:
         model = PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
         # Every process draws the noise of its patches for itself; without it, the steps must be those of one process.
         model._loss_of = partial(model._loss_of, noise=0.0)
     before = weights_of(model)
-    # 54 training images, 6 held out, 52 test images.
+    # 18 training images, 2 held out, 16 test images.
     datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=7)
     several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
     engine = tiny_engine(root, callbacks=[log], max_epochs=3 if kind == "intra" else 1, logger=False, **several)
@@ -204,12 +204,12 @@ def test_processes_meet_every_few_steps_and_agree_on_what_one_of_them_wants(monk
 
 
 @pytest.fixture(scope="module", params=["intra", pytest.param("patch_svdd", marks=pytest.mark.slow)])
-def runs(request, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
+def runs(request, few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
     kind, root = request.param, tmp_path_factory.mktemp("processes")
-    done = subprocess.run(timeout=500, **command(kind, root / "several", demo_root, root))
+    done = subprocess.run(timeout=500, **command(kind, root / "several", few_root, root))
     assert done.returncode == 0, done.stderr[-4000:]
     several = [torch.load(root / f"{rank}.pt") for rank in range(WORLD)]
-    return kind, run(kind, root / "alone", demo_root, 1), several
+    return kind, run(kind, root / "alone", few_root, 1), several
 
 
 def test_windows_of_an_epoch_are_shared_out_without_overlap(runs: tuple) -> None:
@@ -243,22 +243,22 @@ def test_processes_write_into_one_folder(runs: tuple) -> None:
     assert Path(several[0]["best"]) == folder / "weights/lightning/model.ckpt"
     assert sorted(path.name for path in folder.parent.iterdir()) == ["latest", "v0"]
     assert (folder.parent / "latest").resolve() == folder
-    assert len(list((folder / "images/test").rglob("*.png"))) == 52
+    assert len(list((folder / "images/test").rglob("*.png"))) == 16
 
 
-def calibrated_alone(kind: str, checkpoint: str, demo_root: Path, root: Path) -> tuple[InTra | PatchSVDD, dict]:
+def calibrated_alone(kind: str, checkpoint: str, few_root: Path, root: Path) -> tuple[InTra | PatchSVDD, dict]:
     """Calibrate and test the weights of several processes in one."""
     model = (InTra if kind == "intra" else PatchSVDD).load_from_checkpoint(checkpoint)
     model.post_processor.reset()
     if kind == "patch_svdd":
         model.model.empty_memory_bank()
-    results = tiny_engine(root, logger=False).test(model, datamodule=TextureDemo(demo_root, num_workers=0))
+    results = tiny_engine(root, logger=False).test(model, datamodule=TextureDemo(few_root, num_workers=0))
     return model, results[0]
 
 
-def test_mean_thresholds_and_metrics_are_those_of_one_process(runs: tuple, demo_root: Path, tmp_path: Path) -> None:
+def test_mean_thresholds_and_metrics_are_those_of_one_process(runs: tuple, few_root: Path, tmp_path: Path) -> None:
     kind, _, (first, _) = runs
-    model, metrics = calibrated_alone(kind, first["best"], demo_root, tmp_path)
+    model, metrics = calibrated_alone(kind, first["best"], few_root, tmp_path)
     processor = model.post_processor
     mean = processor.training_mean if kind == "intra" else model.model.mean_image
     assert first["mean"] == pytest.approx(mean.flatten().tolist(), abs=1e-6)

