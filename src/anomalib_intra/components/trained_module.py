@@ -18,7 +18,7 @@ from torchmetrics import MeanMetric
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
 from anomalib_intra.components.evaluator import PatientEvaluator
 from anomalib_intra.components.pre_processor import OnImagesOnly
-from anomalib_intra.components.watched import agree_on_metrics, keeper_of_the_best, validates
+from anomalib_intra.components.watched import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
 from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
@@ -32,7 +32,6 @@ from anomalib_intra.training.internals import (
     trainer_of,
     training_source,
     validation_source,
-    weights_were_averaged,
 )
 from anomalib_intra.training.one_run import OneRun
 from anomalib_intra.training.processes import share_run_folder

@@ -10,7 +10,6 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torchmetrics import Metric
 
@@ -107,19 +106,3 @@ def forget_update(metric: Metric) -> None:
         metric (Metric): The metric.
     """
     metric._update_count -= 1
-
-
-def weights_were_averaged(trainer: Trainer) -> bool:
-    """Tell whether stochastic weight averaging has put the mean of the last epochs' weights in the place of the last.
-
-    Args:
-        trainer (Trainer): The trainer, at the end of training.
-
-    Returns:
-        bool: Whether it has; not where training ended before its last epoch.
-    """
-    averaging = [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]  # type: ignore[attr-defined]
-    return any(
-        callback.n_averaged is not None and (trainer.max_epochs == -1 or trainer.current_epoch > callback.swa_end)
-        for callback in averaging
-    )
