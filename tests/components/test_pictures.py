@@ -19,7 +19,7 @@ from ..conftest import tiny_engine, tiny_intra
 
 
 def scoring_intra() -> InTra:
-    model = tiny_intra()
+    model = tiny_intra(visualizer=True)
     model.post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
     return model
 

@@ -61,7 +61,7 @@ def ad2(root: Path) -> AnomalibDataModule:
 @pytest.mark.parametrize("make", [loco, ad2])
 def test_a_model_is_trained_and_tested(tmp_path: Path, make: Callable, original_size: bool) -> None:
     datamodule = make(tmp_path / "data")
-    model = tiny_intra(post_processor=InTraPostProcessor(original_size=original_size))
+    model = tiny_intra(visualizer=True, post_processor=InTraPostProcessor(original_size=original_size))
     engine = tiny_engine(tmp_path, max_epochs=1, logger=False)
     (metrics,) = engine.train(model, datamodule=datamodule)
     tested = 8 if make is loco else 6

@@ -76,15 +76,15 @@ def test_the_command(
 
 
 def test_the_papers_map_is_measured_on_a_checkpoint_with_another(
-    checkpoint: Path, demo: TextureDemo, tmp_path: Path
+    checkpoint: Path, few: TextureDemo, tmp_path: Path
 ) -> None:
     model = InTra.load_from_checkpoint(checkpoint, post_processor=InTraPostProcessor(colour_weight=0.5))
     engine = tiny_engine(tmp_path)
-    engine.test(model, datamodule=demo)
+    engine.test(model, datamodule=few)
     engine.trainer.save_checkpoint(tmp_path / "coloured.ckpt")
     options = ({}, {"colour_weight": 0.0}, {"colour_weight": 0.5})
-    table = map_options(tmp_path / "coloured.ckpt", demo, options, tmp_path / "coloured")
-    of_the_paper = map_options(checkpoint, demo, ({},), tmp_path / "papers")
+    table = map_options(tmp_path / "coloured.ckpt", few, options, tmp_path / "coloured")
+    of_the_paper = map_options(checkpoint, few, ({},), tmp_path / "papers")
     figures = table.drop(columns="options")
     assert figures.iloc[0].tolist() == figures.iloc[2].tolist() != figures.iloc[1].tolist()
     assert figures.iloc[1].tolist() == of_the_paper.drop(columns="options").iloc[0].tolist()
