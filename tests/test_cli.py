@@ -10,7 +10,7 @@ import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_intra import InTra, MVTec, PatchSVDD, TextureDemo, cli
+from anomalib_intra import InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
 
 from .conftest import CONFIGS
 
@@ -46,20 +46,20 @@ def test_our_script_understands_short_names_in_any_order(monkeypatch, capsys) ->
     assert config["model"]["class_path"] == "anomalib_intra.InTra"
 
 
-INTRA_CONFIGS = sorted(
+TRAINING_CONFIGS = sorted(
     path
     for path in CONFIGS.rglob("*.yaml")
     if path.stem not in ("benchmark", "patch_svdd") and path.parent.stem != "ablations"
 )
 
 
-@pytest.mark.parametrize("config", INTRA_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda path: path.stem)
 def test_configs_build(config: Path, tmp_path: Path) -> None:
     with torch.device("meta"):  # the paper's weights take seconds to initialise
         built = AnomalibCLI(
             ["train", "--config", str(config), "--default_root_dir", str(tmp_path), "--model.depth", "1"], run=False
         )
-    assert isinstance(built.model, InTra)
+    assert isinstance(built.model, OnePassInTra if config.stem == "one_pass" else InTra)
     names = [metric.name for metric in built.model.evaluator.test_metrics]
     assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO", "good_PSNR"} == set(names)
     if config.stem == "quickstart":
@@ -69,7 +69,7 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     category = config.stem if config.parent.stem == "mvtec" else "bottle"
     assert built.datamodule.category == category
     assert built.model.image_size == (SIZES[category],) * 2
-    assert built.model.post_processor.original_size == (config.stem not in ("compact", "compact_wide"))
+    assert built.model.post_processor.original_size == (config.stem not in ("compact", "compact_wide", "one_pass"))
 
 
 @pytest.mark.parametrize("preset", ["compact", "compact_wide"])
