@@ -252,3 +252,14 @@ def test_the_command_prints_the_choice_and_mistakes_in_one_line(whole, config: P
         signal.signal(signal.SIGTERM, before)
     assert ended.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("anomalib-intra select-size: The validation loss is")
+
+
+def test_nothing_is_calibrated_for_the_sake_of_losses(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def called(*_: object) -> None:
+        raise AssertionError("calibrated")
+
+    monkeypatch.setattr(InTra, "learn_normal", called)
+    monkeypatch.setattr(InTra, "set_thresholds", called)
+    select_size(["--config", str(config)], (48,), EPOCHS, tmp_path)

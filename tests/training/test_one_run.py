@@ -157,7 +157,7 @@ def test_a_test_of_another_model_leaves_pictures_and_report_of_the_run_alone(
 ) -> None:
     engine, _, datamodule = trained
     before, run = contents(tmp_path), tmp_path / "InTra" / RUN
-    engine.test(tiny_intra(), datamodule=datamodule)
+    engine.test(tiny_intra(visualizer=True), datamodule=datamodule)
     engine.predict(scoring_svdd(), data_path=demo_image(datamodule))
     assert {path: content for path, content in contents(tmp_path).items() if path in before} == before
     others = run / "other_models"

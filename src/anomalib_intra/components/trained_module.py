@@ -109,7 +109,8 @@ class TrainedModule(CalibratedModule):
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         if command_line(self):
             print_each_line_once()
-        run = next((callback for callback in self._callbacks if isinstance(callback, OneRun)), None) or OneRun()
+        runs = [callback for callback in self._callbacks if isinstance(callback, OneRun)]
+        run = runs[0] if runs else OneRun()
         run.take_out_others(self.trainer)
         components: Any = super().configure_callbacks()
         own: list[Callback] = [
@@ -120,7 +121,7 @@ class TrainedModule(CalibratedModule):
         reports = [callback for callback in self._callbacks if isinstance(callback, RunReport)]
         own += [RunReport()] * (bool(self.visualizer) and not reports)
         run.remember(self, own)
-        return [run, *own, *reports]
+        return [*([] if runs else [run]), *own, *reports]
 
     @property
     def _callbacks(self) -> list[Callback]:

@@ -146,7 +146,7 @@ class TrainCommand(AnomalibCLI):
             enable_checkpointing=True,
         )
         # Only the losses count here; and where validation images are test images, thresholds would be set on them.
-        self.model.calibrate = lambda _: None
+        self.model.learn_normal = self.model.set_thresholds = lambda _: None
         last = folder / "last.ckpt"
         self.train(engine, last if last.is_file() else None)
 
