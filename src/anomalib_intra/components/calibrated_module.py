@@ -227,10 +227,18 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     def _calibrate(self, images: NormalImages) -> None:
         was_training = self.training
         self.eval()
+        self.calibrate(images)
+        self.train(was_training)
+
+    def calibrate(self, images: NormalImages) -> None:
+        """Learn what is normal, and set the thresholds.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
         self.learn_normal(images.statistics)
         self.set_thresholds(images.thresholds)
         self.calibrated_through = self._described(images.statistics.dataset)
-        self.train(was_training)
 
     def forget_calibration(self) -> None:
         """Forget what belongs to weights that are about to change."""
