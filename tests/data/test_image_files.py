@@ -38,7 +38,7 @@ def check(path: Path) -> None:
 def model() -> InTra:
     """A model that can score, as if it had been trained."""
     seed_everything(0)
-    model = tiny_intra()
+    model = tiny_intra(visualizer=True)
     model.post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
     model.post_processor._image_threshold.fill_(0.1)
     model.post_processor._pixel_threshold.fill_(0.1)
@@ -349,7 +349,7 @@ def test_data_sets_at_odd_and_very_long_paths_are_refused_and_work_from_within(
         TextureDemo(root)
     monkeypatch.chdir(root)
     datamodule = TextureDemo("demo", num_workers=0)
-    tiny_engine(tmp_path / "r").train(tiny_intra(windows_per_image=1), datamodule=datamodule)
+    tiny_engine(tmp_path / "r").train(tiny_intra(windows_per_image=1, visualizer=True), datamodule=datamodule)
     assert len(list((tmp_path / "r").rglob("images/test/*/*.png"))) == 52
 
 
