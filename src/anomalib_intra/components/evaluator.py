@@ -17,7 +17,7 @@ _SCORES = {"pred_score", "anomaly_map"}
 _DECISIONS = {"pred_label", "pred_mask"}
 
 
-class PatientEvaluator(Evaluator):
+class SelectiveEvaluator(Evaluator):
     """Gives each metric what it can take, and computes none that the present validation cannot give.
 
     Metrics that compare scores with each other get scores and maps as they are; all others, some of which fail on
@@ -27,7 +27,7 @@ class PatientEvaluator(Evaluator):
         evaluator (Evaluator): Its metrics are shared.
 
     Example:
-        >>> evaluator = PatientEvaluator(Evaluator(val_metrics=AUROC(fields=["pred_score", "gt_label"])))
+        >>> evaluator = SelectiveEvaluator(Evaluator(val_metrics=AUROC(fields=["pred_score", "gt_label"])))
         >>> evaluator.what_validation_lacks(scored=False)
         ['AUROC']
     """
@@ -98,7 +98,7 @@ def patient(evaluator: Evaluator) -> Evaluator:
     """
     hooks = [f"on_{stage}_{part}_end" for stage in ("validation", "test") for part in ("batch", "epoch")]
     as_anomalib = all(getattr(type(evaluator), hook) is getattr(Evaluator, hook) for hook in hooks)
-    return PatientEvaluator(evaluator) if as_anomalib else evaluator
+    return SelectiveEvaluator(evaluator) if as_anomalib else evaluator
 
 
 def _update(metrics: Any, batch: ImageBatch) -> None:

@@ -21,11 +21,11 @@ from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.batch import InTraBatch, is_normal
 from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
+from anomalib_intra.components.monitoring import validates
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP, InTraPostProcessor
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.components.visualizer import InTraVisualizer
-from anomalib_intra.components.watched import validates
 from anomalib_intra.training.checkpoints import keep_best_and_last
 
 logger = logging.getLogger(__name__)

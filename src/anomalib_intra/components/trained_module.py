@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
-from anomalib_intra.components.evaluator import PatientEvaluator
+from anomalib_intra.components.evaluator import SelectiveEvaluator
+from anomalib_intra.components.monitoring import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
 from anomalib_intra.components.pre_processor import OnImagesOnly
-from anomalib_intra.components.watched import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
 from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
@@ -169,7 +169,7 @@ class TrainedModule(CalibratedModule):
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]
         has_some = validation.is_defined() and has_validation_images(datamodule)
         val_loader = validation.dataloader() if has_some else None
-        wants_scores = isinstance(self.evaluator, PatientEvaluator) and self.evaluator.wants_scores
+        wants_scores = isinstance(self.evaluator, SelectiveEvaluator) and self.evaluator.wants_scores
         self._images = self._sort_out(training.dataloader(), val_loader, wants_scores)
         self._scores_validation = wants_scores and self._images.anomalies_held_out and validates(self.trainer)
         agree_on_metrics(self.trainer, self.evaluator, self._scores_validation)
@@ -252,7 +252,7 @@ class TrainedModule(CalibratedModule):
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
-        if isinstance(self.evaluator, PatientEvaluator):
+        if isinstance(self.evaluator, SelectiveEvaluator):
             self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._loader = None

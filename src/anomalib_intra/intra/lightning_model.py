@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.monitoring import validates
 from anomalib_intra.components.reconstruction import Comparison, Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
-from anomalib_intra.components.watched import validates
 from anomalib_intra.intra.grid import patchify
 from anomalib_intra.intra.loss import InpaintingLoss
 from anomalib_intra.intra.second_pass import second_pass

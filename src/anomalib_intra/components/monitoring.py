@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run can watch while it trains, said when it starts and not when the first epoch is over."""
+"""What a run can monitor while it trains, said when it starts and not when the first epoch is over."""
 
 import logging
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
-from anomalib_intra.components.evaluator import PatientEvaluator
+from anomalib_intra.components.evaluator import SelectiveEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def agree_on_metrics(trainer: Trainer, evaluator: Any, scored: bool) -> None:
         ValueError: If a callback monitors what will never be there.
     """
     missing = [] if validates(trainer) else ["val_loss"]
-    if isinstance(evaluator, PatientEvaluator):
+    if isinstance(evaluator, SelectiveEvaluator):
         lacking = evaluator.what_validation_lacks(scored)
         evaluator.do_without(lacking)
         given = {str(metric.name) for metric in evaluator.val_metrics} - set(lacking)
