@@ -69,7 +69,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     training_mean: torch.Tensor
     training_std: torch.Tensor
     suspicion_threshold: torch.Tensor
-    raw_display_scale = 50.0  # as in the paper's Figure 4
+    raw_display_scale: float | None = 50.0  # as in the paper's Figure 4
 
     def __init__(
         self,

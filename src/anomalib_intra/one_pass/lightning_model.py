@@ -123,6 +123,7 @@ class OnePassInTra(ReconstructionModule):
             msg = "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor."
             raise ValueError(msg)
         self.post_processor.deviation = "half"
+        self.post_processor.raw_display_scale = None  # that of the paper is for squares of small differences
         self.learning_rate = learning_rate
         self.images_per_step = images_per_step
         self.minutes = minutes
