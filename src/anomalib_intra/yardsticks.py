@@ -25,7 +25,7 @@ from anomalib_intra.components.reconstruction import Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.components.trained_module import Sampling
-from anomalib_intra.data.images import sample_images
+from anomalib_intra.data.images import ImageSamples, cut_images, sample_images
 from anomalib_intra.metrics import PaperEvaluator
 
 
@@ -96,9 +96,6 @@ class Yardstick(ReconstructionModule):
     def configure_optimizers(self) -> None:
         """Nothing to optimize."""
 
-    def training_step(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to learn, but Lightning starts no training without a step."""
-
     def reset_parameters(self) -> None:
         """No weights to initialise."""
 
@@ -106,6 +103,11 @@ class Yardstick(ReconstructionModule):
     def sampling(self) -> Sampling:
         """Whole images, of which no step is taken."""
         return Sampling(sample_images, 1, 1)
+
+    def loss_of(self, batch: ImageSamples) -> torch.Tensor:
+        """Mean squared error of a step, of which none is taken."""
+        images = cut_images(batch)
+        return self.validation_loss(images, self.model.reconstruct(images))
 
     def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Mean squared error."""

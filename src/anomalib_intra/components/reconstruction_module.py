@@ -13,6 +13,7 @@ from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchmetrics import R2Score
@@ -74,6 +75,17 @@ class ReconstructionModule(TrainedModule):
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
     @abstractmethod
+    def loss_of(self, batch: Any) -> torch.Tensor:
+        """Compute the loss of a training step.
+
+        Args:
+            batch (Any): Samples of the step.
+
+        Returns:
+            torch.Tensor: The loss, a scalar.
+        """
+
+    @abstractmethod
     def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Compare held-out normal images with their reconstructions.
 
@@ -121,6 +133,22 @@ class ReconstructionModule(TrainedModule):
         return [*callbacks, *(keep_best_and_last(self.trainer) if validates(self.trainer) else [])]
 
     # ---- training ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        """Compute the loss of a step, and log it.
+
+        Args:
+            batch (Any): Samples of the step.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            STEP_OUTPUT: The loss.
+        """
+        del args, kwargs
+        loss = self.loss_of(batch)
+        self.log_train_loss(loss, len(batch))
+        return loss
 
     def on_validation_epoch_start(self) -> None:
         """Begin to compare with a flat image anew."""

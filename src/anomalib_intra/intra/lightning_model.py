@@ -17,7 +17,7 @@ from anomalib.visualization import Visualizer
 from einops import rearrange
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.utils.data import DataLoader
 
 from anomalib_intra.components.anomaly_map import difference_map
@@ -197,22 +197,6 @@ class InTra(ReconstructionModule):
         """As many images as fill a batch of windows."""
         patches_of_one = (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
         return max(1, self.window_batch_size // patches_of_one)
-
-    def training_step(self, batch: WindowBatch, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Inpaint the hidden patch of every window and compare it with the original (eq. 12).
-
-        Args:
-            batch (WindowBatch): Windows of a step.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            STEP_OUTPUT: The loss.
-        """
-        del args, kwargs
-        loss = self.loss_of(batch)
-        self.log_train_loss(loss, len(batch))
-        return loss
 
     def loss_of(self, batch: WindowBatch) -> torch.Tensor:
         """Inpaint the hidden patches of windows and compare them with the original ones (eq. 12).

@@ -12,7 +12,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from einops import rearrange, reduce
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.progress import track
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
 from torch.nn.utils import clip_grad_norm_
@@ -204,22 +204,6 @@ class OnePassInTra(ReconstructionModule):
         """Start the clock of the step."""
         del batch, batch_idx
         self._step_started = time.monotonic()
-
-    def training_step(self, batch: ImageSamples, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
-        """Paint spoiled images with holes of a random radius, and compare them with the clean ones.
-
-        Args:
-            batch (ImageSamples): Images of a step.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            STEP_OUTPUT: The loss.
-        """
-        del args, kwargs
-        loss = self.loss_of(batch)
-        self.log_train_loss(loss, len(batch))
-        return loss
 
     def loss_of(self, batch: ImageSamples) -> torch.Tensor:
         """Paint spoiled images and compare them with the clean ones.
