@@ -16,6 +16,7 @@ from typing import Any
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from anomalib.loggers import configure_logger
+from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
 
 from anomalib_intra.benchmark import benchmark
@@ -24,6 +25,8 @@ from anomalib_intra.experiments.map_options import OPTIONS, map_options
 from anomalib_intra.experiments.reproduce import reproduce
 from anomalib_intra.experiments.select_size import select_size
 from anomalib_intra.experiments.speed import speed
+from anomalib_intra.experiments.synthetic_defects import synthetic_defects
+from anomalib_intra.one_pass import OnePassInTra
 from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.yardsticks import yardsticks
 
@@ -42,6 +45,7 @@ def main() -> None:
         "benchmark": _benchmark,
         "map-options": _map_options,
         "speed": _speed,
+        "synthetic-defects": _synthetic_defects,
         "yardsticks": _print_yardsticks,
     }
     with_anomalibs_arguments = {"reproduce": _reproduce, "select-size": _select_size}
@@ -127,6 +131,26 @@ def _map_options(
         output: Folder for the table.
     """
     print(map_options(checkpoint, data, options, output).to_string(index=False, float_format="{:.3f}".format))
+
+
+def _synthetic_defects(
+    checkpoints: list[Path],
+    data: AnomalibDataModule,
+    model: type[AnomalibModule] = OnePassInTra,
+    seed: int = 0,
+    output: Path = Path("results/synthetic-defects"),
+) -> None:
+    """Rank trained models without a test image, by synthetic defects in held-out normal images.
+
+    Args:
+        checkpoints: Checkpoints of the models, such as '[a/model.ckpt, b/model.ckpt]'.
+        data: Datamodule that they were trained on.
+        model: Class of the models.
+        seed: Seed of the defects.
+        output: Folder for the table and the images with defects.
+    """
+    table = synthetic_defects(model, checkpoints, data, seed, output)
+    print(table.to_string(index=False, float_format="{:.3f}".format))
 
 
 def _select_size(args: list[str]) -> None:

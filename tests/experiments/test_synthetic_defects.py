@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models ranked by synthetic defects in held-out images."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from anomalib.data import ImageBatch, ImageItem, MVTecAD
+from anomalib.data.utils import ValSplitMode
+from lightning.pytorch import seed_everything
+
+from anomalib_intra import InTra, TextureDemo
+from anomalib_intra.experiments.synthetic_defects import synthetic_defects
+from anomalib_intra.experiments.synthetic_defects.command import _figures
+from anomalib_intra.experiments.synthetic_defects.defects import KINDS, add_defect
+
+from ..conftest import Run
+
+
+def part() -> torch.Tensor:
+    """A bright disc with stripes on a dark ground, 96 x 128."""
+    down, right = torch.meshgrid(torch.arange(96.0), torch.arange(128.0), indexing="ij")
+    disc = ((down - 48) ** 2 + (right - 64) ** 2 < 40**2).float()
+    return (0.1 + disc * (0.5 + 0.3 * torch.sin(right / 3))).expand(3, -1, -1).clone()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_defect_is_where_its_mask_is_and_can_be_seen_and_repeated(kind: str) -> None:
+    image = part()
+    shares = set()
+    for seed in range(10):
+        seed_everything(seed, verbose=False)
+        changed, mask = add_defect(image, kind)
+        seed_everything(seed, verbose=False)
+        again, _ = add_defect(image, kind)
+        assert torch.equal(changed, again)
+        assert changed.shape == image.shape
+        assert torch.equal(changed, changed.clamp(0, 1))
+        difference = (changed - image).abs().amax(dim=0)
+        assert torch.equal(difference > 0.03, mask)
+        assert 2e-4 < mask.float().mean() < 0.5
+        shares.add(float(mask.float().mean()))
+    assert len(shares) > 5  # of many sizes
+    assert torch.equal(image, part())
+
+
+@pytest.mark.parametrize("kind", ["bent", "missing"])
+def test_what_cannot_be_seen_is_no_defect(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"A defect of the kind {kind} cannot be seen in this image: it is too plain"):
+        add_defect(torch.full((3, 64, 64), 0.5), kind)
+
+
+def test_figures_are_means_of_those_of_each_kind() -> None:
+    kinds = ["normal", *KINDS, "normal", *KINDS]
+    masks = [torch.zeros(8, 8, dtype=torch.bool) for _ in kinds]
+    for kind, mask in zip(kinds, masks, strict=True):
+        mask[:4, :4] = kind != "normal"
+    items = [ImageItem(image=torch.zeros(3, 8, 8), gt_mask=mask) for mask in masks]
+    # Maps of a quarter of the size find all defects but scratches, which they take for the other way round.
+    maps = torch.stack([mask[::2, ::2].float() for mask in masks])[:, None]
+    found = torch.tensor([0.1, *(0.9 if kind != "scratch" else 0.0 for kind in KINDS)] * 2)
+    maps[[1 + list(KINDS).index("scratch"), 8 + list(KINDS).index("scratch")]] *= -1
+    batches = [
+        ImageBatch(image=torch.zeros(7, 3, 8, 8), anomaly_map=part_of[0], pred_score=part_of[1])
+        for part_of in zip(maps.split(7), found.split(7), strict=True)
+    ]
+    figures = _figures(kinds, items, batches)
+    assert figures["image_scratch"] == 0
+    assert figures["pixel_scratch"] == 0
+    assert {figures[f"{what}_{kind}"] for what in ("image", "pixel") for kind in KINDS if kind != "scratch"} == {1}
+    assert figures["image_AUROC"] == figures["pixel_AUROC"] == pytest.approx(5 / 6)
+
+
+def test_a_trained_model_is_ranked_above_one_that_is_not(trained_intra: Run, demo_root: Path, tmp_path: Path) -> None:
+    checkpoint = torch.load(trained_intra.checkpoint, weights_only=False)
+    for name, weight in checkpoint["state_dict"].items():
+        if name.startswith("model.") and weight.is_floating_point():
+            checkpoint["state_dict"][name] = torch.zeros_like(weight)
+    torch.save(checkpoint, tmp_path / "blank.ckpt")
+    both = [tmp_path / "blank.ckpt", Path(trained_intra.checkpoint)]
+    data = TextureDemo(demo_root, num_workers=0)
+    table = synthetic_defects(InTra, both, data, output=tmp_path / "out")
+    assert table["checkpoint"].tolist() == [str(trained_intra.checkpoint), str(tmp_path / "blank.ckpt")]
+    assert table["pixel_AUROC"][0] > table["pixel_AUROC"][1] + 0.1
+    assert (table.drop(columns="checkpoint") <= 1).all(axis=None)
+    written = pd.read_csv(tmp_path / "out/synthetic-defects.csv")
+    assert sorted(written["checkpoint"]) == sorted(table["checkpoint"])
+    assert len(list((tmp_path / "out/images").glob("*.png"))) == len(data.val_data) * (1 + len(KINDS))
+
+
+def test_nothing_is_chosen_by_test_images(demo_root: Path, tmp_path: Path) -> None:
+    data = MVTecAD(demo_root, "weave", val_split_mode=ValSplitMode.SAME_AS_TEST, num_workers=0)
+    with pytest.raises(ValueError, match=r"validation images of MVTecAD are test images.*val_split_mode=from_train"):
+        synthetic_defects(InTra, [], data, output=tmp_path)
