@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
@@ -54,12 +55,13 @@ def synthetic_defects(
     """
     kinds, items = _images(datamodule, seed)
     _save(kinds, items, output / "images")
-    loader = DataLoader(items, batch_size=datamodule.eval_batch_size, collate_fn=ImageBatch.collate)  # type: ignore[arg-type]  # a list is as good as a Dataset
+    images: Any = items  # as good as a Dataset
+    loader = DataLoader(images, batch_size=datamodule.eval_batch_size, collate_fn=ImageBatch.collate)
     rows = []
     for checkpoint in checkpoints:
         trained = model.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False)
         engine = Engine(default_root_dir=output, logger=False, enable_progress_bar=False)
-        batches = engine.predict(trained, dataloaders=loader) or []
+        batches: Any = engine.predict(trained, dataloaders=loader)
         rows.append({"checkpoint": str(checkpoint), **_figures(kinds, items, batches)})
         DataFrame(rows).to_csv(output / "synthetic-defects.csv", index=False)
     return DataFrame(rows).sort_values("image_AUROC", ascending=False, ignore_index=True)
@@ -74,7 +76,8 @@ def _images(datamodule: AnomalibDataModule, seed: int) -> tuple[list[str], list[
             "take anomalib_intra.MVTec, or val_split_mode=from_train."
         )
         raise ValueError(msg)
-    held_out = [item for item in datamodule.val_data if not item.gt_label]
+    validation: Any = datamodule.val_data
+    held_out = [item for item in validation if not item.gt_label]
     if not held_out:
         raise ValueError(
             "There are no normal validation images: take anomalib_intra.MVTec, or val_split_mode=from_train."
