@@ -393,6 +393,24 @@ def test_calling_again_runs_only_what_is_missing(whole, monkeypatch) -> None:
     assert "Missing" not in page
 
 
+def test_a_model_that_trains_for_a_time_ends_by_it(few_root: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", InThisProcess)
+    one_pass = {
+        "class_path": "anomalib_intra.OnePassInTra",
+        "init_args": {"embed_dim": 32, "depth": 1, "num_heads": 2, "minutes": 0.05},
+        "trainer": {"max_epochs": -1, "enable_progress_bar": False},
+    }
+    data = {"class_path": "anomalib_intra.TextureDemo", "init_args": {"root": str(few_root), "num_workers": 0}}
+    config = {"accelerator": "cpu", "benchmark": {"image_size": [64, 64], "data": data, "model": one_pass}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (row,) = benchmark(tmp_path / "config.yaml", tmp_path / "out").to_dict("records")
+    assert row["error"] == ""
+    assert (row["model"], row["pretrained"]) == ("OnePassInTra", "nothing")
+    assert 3 <= row["fit_s"] < 60
+    assert row["steps"] > row["epochs"] > 0
+    assert all(0 <= row[name] <= 1 for name in ("image_AUROC", "pixel_AUROC", "pixel_AUPRO"))
+
+
 def test_a_file_that_is_no_benchmark_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.yaml").write_text("model: {class_path: Padim}")
     with pytest.raises(ValueError, match="has no part called 'benchmark'"):

@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from anomalib_intra import cli
+from anomalib_intra import OnePassInTra, cli
 from anomalib_intra.experiments.loss_curve import read_curve
 from anomalib_intra.experiments.reproduce import reproduce
 from anomalib_intra.experiments.reproduce.page import figures
@@ -178,3 +179,80 @@ def test_the_data_must_be_of_mvtec_ad(config: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="published figures; the data is Visa"):
         reproduce(arguments, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---- the one-pass model ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def one_pass(config: Path) -> Path:
+    """The same with a one-pass model, and neither epochs nor minutes."""
+    settings = yaml.safe_load(config.read_text())
+    arguments = {"image_size": [64, 64], "embed_dim": 32, "depth": 1, "num_heads": 2}
+    evaluator = settings["model"]["init_args"]["evaluator"]
+    settings["model"] = {
+        "class_path": "anomalib_intra.OnePassInTra",
+        "init_args": {**arguments, "visualizer": False, "evaluator": evaluator},
+    }
+    del settings["trainer"]["max_epochs"], settings["lr_scheduler"]
+    path = config.with_name("one_pass.yaml")
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_the_one_pass_model_trains_for_its_minutes_and_no_longer(one_pass: Path, tmp_path: Path, capsys) -> None:
+    words = ["--config", str(one_pass), "--data.category", "weave", "--model.minutes", "0.05"]
+    result = reproduce(words, output=tmp_path)
+    assert result is not None
+    out = capsys.readouterr().out
+    assert "weave: 0 epochs done, about 0:00:03 of training left, without validation.\n" in out
+    assert "weave, epoch 1: val_loss " in out
+    assert result["ended_by_itself"]
+    last = torch.load(tmp_path / "weave/weights/last.ckpt", weights_only=True)
+    assert 3 <= last["seconds_trained"] < 20
+    assert result["images"] == last["global_step"]  # an image in a step; the last epoch is not whole
+    assert "windows" not in result
+    page = (tmp_path / "weave/result.md").read_text()
+    assert f"{result['images']:,} images, until its 0.05 minutes were over." in page
+    assert "| this run" in page
+
+    again = reproduce(words, output=tmp_path)
+    assert again is not None
+    assert "of training left" in (line := capsys.readouterr().out.splitlines()[0])
+    assert "about 0:00:00" in line
+    for name in ("epochs", "images", "metrics", "ended_by_itself"):
+        assert again[name] == result[name], name
+
+
+def test_the_minutes_of_a_call_are_not_those_of_the_model(one_pass: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    loss_of = OnePassInTra.loss_of
+
+    def slow(model: OnePassInTra, batch: object) -> torch.Tensor:
+        time.sleep(2)
+        return loss_of(model, batch)
+
+    monkeypatch.setattr(OnePassInTra, "loss_of", slow)
+    words = ["reproduce", "weave", "--config", str(one_pass), "--output", str(tmp_path), "--minutes", "0"]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, "--model.minutes", "0.05"])
+    before = signal.getsignal(signal.SIGTERM)
+    codes, lefts = [], []
+    while not codes or codes[-1]:
+        codes.append(run_command())
+        lefts.append(capsys.readouterr().out.splitlines()[0].split("about 0:00:0")[1][0])
+        assert len(codes) < 5
+    signal.signal(signal.SIGTERM, before)
+    # A step of two seconds, another, with which the time is over, and the one that ends the training.
+    assert codes == [75, 75, 0]
+    assert lefts[0] == "3" > lefts[1] > lefts[2] == "0"
+    result = json.loads((tmp_path / "weave/result.json").read_text())
+    assert result["ended_by_itself"]
+    assert (result["images"], result["epochs"], len(result["sessions"])) == (3, 1, 3)
+
+
+def test_without_minutes_the_one_pass_model_trains_for_the_epochs(one_pass: Path, tmp_path: Path, capsys) -> None:
+    words = ["--config", str(one_pass), "--data.category", "weave", "--model.minutes", "null"]
+    result = reproduce(words, epochs=2, output=tmp_path)
+    assert result is not None
+    assert capsys.readouterr().out.startswith("weave: 0 of 2 epochs done, about 0:00:0")
+    assert (result["epochs"], result["images"], result["ended_by_itself"]) == (2, 2 * 9, False)
+    assert "Trained for 2 epochs, 18 images." in (tmp_path / "weave/result.md").read_text()

@@ -14,7 +14,7 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from pandas import Series
 
-from anomalib_intra import InTra, cli
+from anomalib_intra import InTra, OnePassInTra, cli
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.select_size import select_size
 from anomalib_intra.experiments.select_size.rule import averaged, choose
@@ -210,7 +210,12 @@ def test_a_finished_selection_trains_nothing(whole, config: Path, monkeypatch) -
         ([], (), EPOCHS, "no image sizes"),
         ([], SIZES, 10, "there are 10: train for 11 epochs or more"),
         (["--model.window_sise", "3"], SIZES, EPOCHS, "window_sise"),
-        (["--model", "Padim"], SIZES, EPOCHS, "trains an InTra"),
+        (
+            ["--model", "Padim"],
+            SIZES,
+            EPOCHS,
+            "trains an InTra or a OnePassInTra; the config has anomalib.models.*Padim",
+        ),
         (["--data", "null"], SIZES, EPOCHS, "no data to train on"),
         (["--model", "null"], SIZES, EPOCHS, "needs a model and data: Option 'model' is required"),
     ],
@@ -263,3 +268,28 @@ def test_nothing_is_calibrated_for_the_sake_of_losses(
     monkeypatch.setattr(InTra, "learn_normal", called)
     monkeypatch.setattr(InTra, "set_thresholds", called)
     select_size(["--config", str(config)], (48,), EPOCHS, tmp_path)
+
+
+def test_the_one_pass_model_is_trained_by_epochs_whatever_its_minutes(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = yaml.safe_load(config.read_text())
+    arguments = {"image_size": [96, 96], "embed_dim": 32, "depth": 1, "num_heads": 2, "minutes": 1e-4}
+    settings["model"] = {"class_path": "anomalib_intra.OnePassInTra", "init_args": arguments}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    with pytest.raises(ValueError, match="Images of 60 x 60 pixels do not work with patches of 8 x 8"):
+        select_size(["--config", str(path)], (60, 64), EPOCHS, tmp_path / "out")
+
+    minutes, configured = [], OnePassInTra.configure_optimizers
+    monkeypatch.setattr(
+        OnePassInTra, "configure_optimizers", lambda model: (minutes.append(model.minutes), configured(model))[1]
+    )
+    table = select_size(["--config", str(path)], SIZES, EPOCHS, tmp_path / "out")
+    assert minutes == [None, None]
+    assert list(table["image_size"]) == list(SIZES)
+    for size in SIZES:
+        assert len(read_curve(tmp_path / f"out/{size}x{size}/losses.csv")) == EPOCHS
+    written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["init_args"]
+    assert written["minutes"] == 1e-4
+    assert written["image_size"] == [int(table.loc[table["chosen"], "image_size"].item())] * 2

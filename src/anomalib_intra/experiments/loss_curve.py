@@ -5,6 +5,7 @@ import math
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pandas import Series, read_csv
@@ -39,14 +40,14 @@ class LossCurve(Callback):
     Args:
         path (Path): CSV file with ``epoch`` and ``val_loss``.
         name (str): What is trained, for the printed line.
-        epochs (int): Epochs of this training.
+        epochs (int | None): Epochs of this training; None for a model that ends it by itself, by its time.
         to_come (int): Epochs of the trainings after it, taken to last as long as those of this one.
 
     Raises:
         ValueError: While training, if there is no ``val_loss`` or it is not finite.
     """
 
-    def __init__(self, path: Path, name: str, epochs: int, to_come: int = 0) -> None:
+    def __init__(self, path: Path, name: str, epochs: int | None, to_come: int = 0) -> None:
         self.path = path
         self.name = name
         self.epochs = epochs
@@ -61,7 +62,6 @@ class LossCurve(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the loss of the epoch."""
-        del pl_module
         epoch, loss = trainer.current_epoch, float(trainer.callback_metrics.get("val_loss", math.nan))
         if not math.isfinite(loss):
             msg = (
@@ -72,6 +72,12 @@ class LossCurve(Callback):
         if trainer.is_global_zero:
             losses = {**read_curve(self.path).to_dict(), epoch: loss}
             write_atomically(self.path, Series(losses, name="val_loss").rename_axis("epoch").to_csv())
+        of_all = "" if self.epochs is None else f" of {self.epochs}"
+        left = timedelta(seconds=round(self._seconds_left(epoch, pl_module)))
+        trainer.print(f"{self.name}, epoch {epoch + 1}{of_all}: val_loss {loss:.6f}, about {left} left")
+
+    def _seconds_left(self, epoch: int, module: Any) -> float:
+        if self.epochs is None:
+            return module.seconds_left
         seconds = (time.monotonic() - self._started) / (epoch + 1 - self._first_epoch)
-        left = timedelta(seconds=round(seconds * (self.epochs - epoch - 1 + self.to_come)))
-        trainer.print(f"{self.name}, epoch {epoch + 1} of {self.epochs}: val_loss {loss:.6f}, about {left} left")
+        return seconds * (self.epochs - epoch - 1 + self.to_come)

@@ -21,6 +21,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from anomalib_intra.experiments.loss_curve import LossCurve
 from anomalib_intra.intra.lightning_model import InTra
+from anomalib_intra.one_pass.lightning_model import OnePassInTra
 from anomalib_intra.training.internals import parser_of
 
 
@@ -32,11 +33,11 @@ class TrainCommand(AnomalibCLI):
 
     Attributes:
         settings (dict): All of them as plain data, in the layout of a config.
-        model (InTra): The model.
+        model (InTra | OnePassInTra): The model.
         datamodule (AnomalibDataModule): The datamodule.
 
     Raises:
-        ValueError: If they cannot be used: there is no InTra, no data, or no such argument.
+        ValueError: If they cannot be used: there is no such model, no data, or no such argument.
 
     Example:
         >>> command = TrainCommand(["--model", "InTra", "--model.depth", "1", "--data", "anomalib_intra.MVTec"])
@@ -66,9 +67,9 @@ class TrainCommand(AnomalibCLI):
         """Refuse other models, and seed everything before the model draws its weights, which anomalib leaves out."""
         super().before_instantiate_classes()
         kind = locate(self.config["fit"]["model"]["class_path"])
-        if not (isinstance(kind, type) and issubclass(kind, InTra)):
+        if not (isinstance(kind, type) and issubclass(kind, InTra | OnePassInTra)):
             name = self.config["fit"]["model"]["class_path"]
-            msg = f"This command trains an InTra; the config has {name}."
+            msg = f"This command trains an InTra or a OnePassInTra; the config has {name}."
             raise ValueError(msg)
         seed = self.config["fit"]["seed_everything"]
         if seed is not False:

@@ -121,6 +121,9 @@ class CrossAttention(nn.Module):
         num_heads (int): Number h of heads; divides D.
     """
 
+    #: Attend plainly on a CPU, too: to count the work, or to time it.
+    plainly = False
+
     def __init__(self, embed_dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -138,7 +141,7 @@ class CrossAttention(nn.Module):
             torch.Tensor: Tokens of shape ``(B, blocks, T, D)``.
         """
         q = rearrange(self.query(y), "b n t (h d) -> b h n t d", h=self.num_heads)
-        attended = (attend_fast if _on_cpu(q) else attend)(q * q.shape[-1] ** -0.5, *seen)
+        attended = (attend_fast if _on_cpu(q) and not self.plainly else attend)(q * q.shape[-1] ** -0.5, *seen)
         return self.unify(rearrange(attended, "b h n t d -> b n t (h d)"))
 
 

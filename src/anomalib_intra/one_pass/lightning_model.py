@@ -133,7 +133,7 @@ class OnePassInTra(ReconstructionModule):
         self.model = OnePassTransformer(self.image_size, patch_size, embed_dim, depth, num_heads, radii=tuple(radii))
         self.loss = PaintingLoss(alpha, beta)
         self._seconds = 0.0
-        self._step_started = 0.0
+        self._step_started: float | None = None
 
     # ---- components --------------------------------------------------------------------------------------------------
 
@@ -174,6 +174,11 @@ class OnePassInTra(ReconstructionModule):
         return Sampling(partial(sample_images, augment=self.augment), 1, self.images_per_step)
 
     @property
+    def seconds_left(self) -> float | None:
+        """Seconds of the ``minutes`` that are left, None if there are none to keep to."""
+        return None if self.minutes is None else max(0.0, 60 * self.minutes - self._seconds)
+
+    @property
     def progress(self) -> float:
         """Share of the training that is done, in [0, 1]: of the minutes or of the steps, whichever is more."""
         shares = [0.0]
@@ -190,6 +195,7 @@ class OnePassInTra(ReconstructionModule):
         """Compute mean and standard deviation of each channel, by which images are normalised."""
         if not self.trainer.ckpt_path:
             self._seconds = 0.0
+        self._step_started = None  # that of a step that was broken off
         assert self._images is not None
         total, count = torch.zeros(2, 3, device=self.device), 0
         for batch in track(self._images.statistics, "Mean and standard deviation of the colours"):
@@ -241,9 +247,14 @@ class OnePassInTra(ReconstructionModule):
     def on_train_batch_end(self, outputs: Any, batch: ImageSamples, batch_idx: int) -> None:
         """Stop the clock of the step, and the training when its time is up."""
         del outputs, batch, batch_idx
-        self._seconds += time.monotonic() - self._step_started
-        if self.minutes is not None and self._seconds >= 60 * self.minutes:
+        self._stop_clock()
+        if self.seconds_left == 0:
             self.trainer.should_stop = True
+
+    def _stop_clock(self) -> None:
+        if self._step_started is not None:
+            self._seconds += time.monotonic() - self._step_started
+            self._step_started = None
 
     def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Compare normal images with the mean of what was painted with all radii.
@@ -283,6 +294,7 @@ class OnePassInTra(ReconstructionModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store how long the model has been trained."""
         super().on_save_checkpoint(checkpoint)
+        self._stop_clock()  # a run that is told to stop saves before its step ends
         checkpoint["seconds_trained"] = self._seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

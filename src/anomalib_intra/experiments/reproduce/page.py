@@ -27,7 +27,7 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 
     Args:
         result (dict): What :func:`~anomalib_intra.experiments.reproduce.reproduce` found.
-        losses (Sequence[dict]): Losses of every epoch, as in ``InTra.losses``.
+        losses (Sequence[dict]): Losses of every epoch, as in the model's ``losses``.
         folder (Path): Folder.
 
     Returns:
@@ -79,10 +79,17 @@ def figures(result: dict[str, Any]) -> DataFrame:
 
 
 def _extent(result: dict[str, Any]) -> str:
-    trained = f"{result['epochs']} epochs, {result['windows']:,} windows"
-    if result["ended_by_itself"]:
-        return f"Trained for {trained}, until the validation loss had stopped improving."
-    return f"Trained for {trained}; **not until the validation loss had stopped improving**: more may do better."
+    of_intra = "windows" in result
+    samples = f"{result['windows']:,} windows" if of_intra else f"{result['images']:,} images"
+    trained = f"Trained for {result['epochs']} epochs, {samples}"
+    if not of_intra and result["minutes"] is None:
+        return f"{trained}."
+    end = "the validation loss had stopped improving" if of_intra else f"its {result['minutes']:g} minutes were over"
+    return (
+        f"{trained}, until {end}."
+        if result["ended_by_itself"]
+        else f"{trained}; **not until {end}**: more may do better."
+    )
 
 
 def _time(sessions: Sequence[dict[str, Any]]) -> str:

@@ -5,13 +5,14 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from pandas import DataFrame
 
 from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.select_size.rule import averaged
 from anomalib_intra.experiments.select_size.selection import write_selection
 from anomalib_intra.experiments.train_command import TrainCommand
-from anomalib_intra.intra.grid import check_image_size
+from anomalib_intra.one_pass.lightning_model import OnePassInTra
 
 
 def select_size(
@@ -24,7 +25,8 @@ def select_size(
 
     Each size is trained in a folder of its own, which keeps its losses and its last checkpoint. A selection that was
     stopped goes on with what is missing when it is called again, and one with more sizes or epochs trains only those.
-    No test image is read.
+    A model that trains for a time is trained here for the epochs, as with ``--model.minutes=null``; the config that is
+    written has its minutes again. No test image is read.
 
     Args:
         arguments (Sequence[str]): Arguments of ``anomalib train``, such as ``["--config", "configs/intra.yaml"]``.
@@ -47,7 +49,7 @@ def select_size(
     """
     output, sizes = Path(output), sorted(set(sizes))
     command = TrainCommand(arguments)
-    _check(command, sizes, epochs)
+    _check(command, arguments, sizes, epochs)
     command.claim(output)
 
     folders = {size: output / f"{size}x{size}" for size in sizes}
@@ -60,7 +62,7 @@ def select_size(
             shutil.rmtree(folder, ignore_errors=True)  # a first epoch that was cut off
         folder.mkdir(parents=True, exist_ok=True)
         name = f"{size} x {size} ({number} of {len(sizes)})"
-        training = TrainCommand([*arguments, f"--model.image_size=[{size},{size}]"])
+        training = _training(command, arguments, size)
         training.run(folder, epochs, LossCurve(path, name, epochs, to_come=sum(missing.values())))
         if len(read_curve(path)) < epochs:
             msg = f"The training at {name} ended before its {epochs} epochs: look for what limits it in the trainer."
@@ -69,9 +71,15 @@ def select_size(
     return write_selection(curves, command.settings, output)
 
 
-def _check(command: TrainCommand, sizes: Sequence[int], epochs: int) -> None:
+def _training(command: TrainCommand, arguments: Sequence[str], size: int) -> TrainCommand:
+    by_epochs = ["--model.minutes=null"] if isinstance(command.model, OnePassInTra) else []
+    return TrainCommand([*arguments, *by_epochs, f"--model.image_size=[{size},{size}]"])
+
+
+def _check(command: TrainCommand, arguments: Sequence[str], sizes: Sequence[int], epochs: int) -> None:
     if not sizes:
         raise ValueError("There are no image sizes to choose from: give one or more.")
     for size in sizes:
-        check_image_size(size, size, command.model.patch_size, command.model.window_size)
+        with torch.device("meta"):  # refuses a size that does not work, without drawing weights
+            _training(command, arguments, size)
     averaged(DataFrame({"val_loss": 0.0}, index=range(epochs))["val_loss"])  # refuses too few epochs

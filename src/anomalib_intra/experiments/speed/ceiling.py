@@ -2,6 +2,7 @@
 """The rate of torch's matrix products at a model's own shapes: what anything else on the machine is measured by."""
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from itertools import product
 from statistics import median
@@ -11,18 +12,17 @@ import torch
 from torch.nn.functional import linear
 
 from anomalib_intra.benchmark.machine import seconds_of
-from anomalib_intra.intra.lightning_model import InTra
 
 #: To find the fastest product, all are measured in turns, several times for so many seconds each.
 _TURNS = 5
 _SECONDS_OF_A_TURN = 0.1
-#: Windows that the products are those of, beside those of a training step: as many as reconstruction takes at a time.
-_WINDOWS = (64,)
 #: Products are repeated for so many seconds before the clock is asked, since a device is waited for then.
 _SECONDS_BETWEEN_LOOKS = 0.01
 
 
-class _Product(NamedTuple):
+class Product(NamedTuple):
+    """A linear layer and the number of tokens that go through it at once."""
+
     tokens: int
     inputs: int
     outputs: int
@@ -32,24 +32,19 @@ class Ceiling:
     """The fastest of the matrix products of a model's linear layers, by the rate it sustains.
 
     Args:
-        intra (InTra): Model on a device.
+        products (Iterable[Product]): The matrix products.
+        device (torch.device): The device.
         dtype (torch.dtype): Precision of the products.
 
     Example:
-        >>> from anomalib_intra import InTra
-        >>> ceiling = Ceiling(InTra(embed_dim=32, depth=1, num_heads=2, visualizer=False), torch.float32)
+        >>> ceiling = Ceiling([Product(tokens=64, inputs=32, outputs=128)], torch.device("cpu"), torch.float32)
         >>> ceiling.rate(seconds=0.1) > 1e9
         True
     """
 
-    def __init__(self, intra: InTra, dtype: torch.dtype) -> None:
-        self._device, self._dtype = intra.device, dtype
-        layers = {tuple(weight.shape) for block in intra.model.blocks for weight in block.parameters()}
-        shapes = sorted(shape for shape in layers if len(shape) == 2)
-        rates: dict[_Product, list[float]] = {
-            _Product(windows * intra.window_size**2, inputs, outputs): []
-            for (outputs, inputs), windows in product(shapes, sorted({*_WINDOWS, intra.window_batch_size}))
-        }
+    def __init__(self, products: Iterable[Product], device: torch.device, dtype: torch.dtype) -> None:
+        self._device, self._dtype = device, dtype
+        rates: dict[Product, list[float]] = {candidate: [] for candidate in sorted(products)}
         for _, (candidate, measured) in product(range(_TURNS), rates.items()):
             measured.append(self._rate(candidate, _SECONDS_OF_A_TURN))
         self._fastest = max(rates, key=lambda candidate: median(rates[candidate]))
@@ -65,7 +60,7 @@ class Ceiling:
         """
         return self._rate(self._fastest, seconds)
 
-    def _rate(self, size: _Product, seconds: float) -> float:
+    def _rate(self, size: Product, seconds: float) -> float:
         random = partial(torch.rand, device=self._device, dtype=self._dtype)
         compute = partial(linear, random(size.tokens, size.inputs), random(size.outputs, size.inputs))
         seconds_taken = partial(seconds_of, self._device, compute)
