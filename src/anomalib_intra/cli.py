@@ -24,7 +24,7 @@ from anomalib_intra.experiments.map_options import OPTIONS, map_options
 from anomalib_intra.experiments.reproduce import reproduce
 from anomalib_intra.experiments.select_size import select_size
 from anomalib_intra.experiments.speed import speed
-from anomalib_intra.training.console import print_each_line_once
+from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
 from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
 from anomalib_intra.yardsticks import yardsticks
 
@@ -41,6 +41,7 @@ def main() -> None:
     """
     with _refusing("anomalib-intra"):
         arguments = with_config_paths(sys.argv[1:])
+    ignore_what_no_user_can_mend()
     own: dict[str, Callable[..., None]] = {
         "ablations": _ablations,
         "benchmark": _benchmark,
