@@ -29,7 +29,8 @@ from anomalib_intra.experiments.speed import speed
 from anomalib_intra.experiments.synthetic_defects import synthetic_defects
 from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.one_pass import OnePassInTra
-from anomalib_intra.training.console import print_each_line_once
+from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
+from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
 from anomalib_intra.yardsticks import yardsticks
 
 #: Exit code of a command that was given too little time, and goes on in the next call.
@@ -39,9 +40,13 @@ _MORE_TO_DO = 75
 def main() -> None:
     """Run one of our own commands, or hand all arguments over to anomalib's command line.
 
-    Short names of models and datamodules are understood in any order. ``benchmark`` takes the place of anomalib's,
-    which accepts no model from outside anomalib; its configs have the same layout.
+    Short names of models and datamodules are understood in any order, and ``--config`` takes the name of a config that
+    comes with the package. ``benchmark`` takes the place of anomalib's, which accepts no model from outside anomalib;
+    its configs have the same layout.
     """
+    with _refusing("anomalib-intra"):
+        arguments = with_config_paths(sys.argv[1:])
+    ignore_what_no_user_can_mend()
     own: dict[str, Callable[..., None]] = {
         "ablations": _ablations,
         "benchmark": _benchmark,
@@ -51,14 +56,15 @@ def main() -> None:
         "yardsticks": _print_yardsticks,
     }
     with_anomalibs_arguments = {"reproduce": _reproduce, "select-size": _select_size}
-    if sys.argv[1:2] and sys.argv[1] in with_anomalibs_arguments:
-        with_anomalibs_arguments[sys.argv[1]](sys.argv[2:])
-    elif len(sys.argv) > 1 and sys.argv[1] in own:
-        _run(own[sys.argv[1]], sys.argv[1], sys.argv[2:])
+    name = arguments[0] if arguments else ""
+    if name in with_anomalibs_arguments:
+        with_anomalibs_arguments[name](arguments[1:])
+    elif name in own:
+        _run(own[name], name, arguments[1:])
     else:
         configure_logger()
         print_each_line_once()
-        AnomalibCLI()
+        AnomalibCLI(arguments)
 
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
@@ -86,7 +92,7 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
     """Run what is missing of a benchmark and write its tables, page and chart.
 
     Args:
-        config: YAML file in the format of anomalib's benchmark, see configs/benchmark.yaml.
+        config: YAML file in the format of anomalib's benchmark; the config benchmark is one.
         output: Folder for benchmark.csv, benchmark.md, benchmark.png and the runs.
     """
     with _stoppable("with the runs that are missing"):
@@ -98,7 +104,7 @@ def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
 
 
 def _ablations(
-    configs: Path = Path("configs/ablations"),
+    configs: Path | None = None,
     only: str | None = None,
     root: Path | None = None,
     output: Path = Path("results/ablations"),
@@ -106,13 +112,13 @@ def _ablations(
     """Run what is missing of the paper's ablation studies and tabulate them like its Tables 3 to 6.
 
     Args:
-        configs: Folder with a YAML file for each study, in the format of a benchmark.
+        configs: Folder with a YAML file for each study, in the format of a benchmark; the paper's by default.
         only: The one study to run, such as position.
         root: Folder of the data set, in the place of that in the configs.
         output: Folder for ablations.csv, ablations.md and the runs.
     """
     with _stoppable("with the runs that are missing"):
-        rows = ablations(configs, only, root, output)
+        rows = ablations(configs or CONFIGS / "ablations", only, root, output)
     print((output / "ablations.md").read_text(encoding="utf-8"))
     if rows["error"].any():
         sys.exit(1)
@@ -164,7 +170,7 @@ def _select_size(args: list[str]) -> None:
     parser.add_argument("--epochs", type=int, default=200, help="Epochs of every size, at least 11.")
     parser.add_argument("--output", type=Path, default=Path("results/select-size"), help="Folder for all results.")
     own, others = parser.parse_known_args(args)
-    with _stoppable("where it was stopped"), _refusing(parser):
+    with _stoppable("where it was stopped"), _refusing(parser.prog):
         table = select_size(others, own.sizes, own.epochs, own.output)
     print(table.to_string(index=False))
     print(f"\nGo on with: anomalib train --config {own.output / 'config.yaml'}")
@@ -175,7 +181,7 @@ def _reproduce(args: list[str]) -> None:
         "reproduce", "Train and test a category of MVTec AD with the paper's settings, beside its figures."
     )
     parser.add_argument("category", help="Category, such as bottle.")
-    parser.add_argument("--config", type=Path, help="Config; defaults to configs/mvtec/CATEGORY.yaml, the paper's.")
+    parser.add_argument("--config", help="Config, a file or a name; defaults to mvtec/CATEGORY, the paper's.")
     parser.add_argument(
         "--epochs",
         type=int,
@@ -186,11 +192,9 @@ def _reproduce(args: list[str]) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("results/reproduce"), help="Folder for all results.")
     own, others = parser.parse_known_args(args)
-    config = own.config or Path("configs/mvtec") / f"{own.category}.yaml"
-    if not config.is_file():
-        parser.exit(2, f"anomalib-intra reproduce: There is no config {config}: give one with --config.\n")
-    arguments = ["--config", str(config), "--data.category", own.category, *others]
-    with _stoppable("where it was stopped"), _refusing(parser):
+    with _stoppable("where it was stopped"), _refusing(parser.prog):
+        config = own.config or find_config(f"mvtec/{own.category}")
+        arguments = ["--config", config, "--data.category", own.category, *others]
         result = reproduce(arguments, own.epochs, own.minutes, own.output)
     if result is None:
         print("\nThe time is up; the training is not done. The same command goes on where it was stopped.")
@@ -210,12 +214,13 @@ def _parser_beside_anomalibs(name: str, description: str) -> PlainParser:
 
 
 @contextmanager
-def _refusing(parser: PlainParser) -> Iterator[None]:
+def _refusing(name: str) -> Iterator[None]:
     """End with a sentence where a command cannot do what it is asked for."""
     try:
         yield
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        sys.stderr.write(f"{name}: {error}\n")
+        sys.exit(2)
 
 
 def _speed(

@@ -3,6 +3,7 @@
 
 import io
 import logging
+import re
 import subprocess
 import sys
 import warnings
@@ -14,7 +15,7 @@ from anomalib.loggers import configure_logger
 from lightning.pytorch.callbacks import RichProgressBar
 
 from anomalib_intra import TextureDemo
-from anomalib_intra.training.console import print_each_line_once
+from anomalib_intra.training.console import WholeLines, print_each_line_once
 
 from ..conftest import TINY, tiny_engine, tiny_intra
 
@@ -22,14 +23,16 @@ from ..conftest import TINY, tiny_engine, tiny_intra
 @pytest.fixture
 def own_handlers() -> Iterator[None]:
     """Let a test change the handlers that are for all."""
-    loggers = [logging.getLogger(name) for name in (None, "lightning.pytorch")]
-    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("lightning")]
+    loggers = [logging.getLogger(), *map(logging.getLogger, names)]
+    before = [(logger, list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.handlers.clear()
     yield
-    for logger, handlers, level in before:
+    for logger, handlers, level, propagate in before:
         logger.handlers[:] = handlers
         logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def test_each_line_is_printed_once_and_files_are_still_written(own_handlers: None, tmp_path: Path, capsys) -> None:
@@ -48,6 +51,36 @@ def test_without_anomalibs_command_line_nothing_is_changed(own_handlers: None, c
     print_each_line_once()
     logging.getLogger("anything").warning("heard")
     assert capsys.readouterr().err.count("heard") == 1
+
+
+def test_a_line_is_printed_whole_with_what_is_more_than_news(own_handlers: None, capsys) -> None:
+    configure_logger()
+    logging.getLogger().setLevel(logging.INFO)
+    print_each_line_once()
+    path = "results/[InTra]/" + "a_long_name/" * 20
+    logging.getLogger("anything").info("Written to %s", path)
+    logging.getLogger("anything").warning("The disk is full")
+    first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d Written to " + re.escape(path), first)
+    assert second.endswith(" WARNING The disk is full")
+
+
+def test_lightnings_lines_are_printed_once_without_its_advertisements(own_handlers: None, capsys) -> None:
+    logger = logging.getLogger("lightning.pytorch")
+    logger.addHandler(logging.StreamHandler())  # what Lightning does, whose lines break the progress bar
+    logger.propagate = False
+    configure_logger()
+    print_each_line_once()
+    logger.warning("`Trainer.fit` stopped")
+    logger.warning("💡 Tip: try installing something")
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("stopped") == 1
+    assert "Tip" not in printed.out + printed.err
+
+
+def test_a_message_that_cannot_be_written_does_not_end_a_run(capsys) -> None:
+    WholeLines().handle(logging.makeLogRecord({"msg": "%d epochs", "args": "three"}))
+    assert "Logging error" in capsys.readouterr().err
 
 
 _COMMAND = """
@@ -81,6 +114,9 @@ def test_a_command_prints_a_line_for_each_epoch(module: str, demo_root: Path, tm
     for line in ("Epoch 0: train_loss", "Epoch 1: train_loss", "Back to the weights of"):
         assert printed.count(line) == 1, line
     assert "was not set" not in printed
+    if module == "anomalib_intra.cli":
+        for nothing_to_mend in ("FutureWarning", "LeafSpec", "on_after_batch_transfer", "litlogger"):
+            assert nothing_to_mend not in printed
     assert "a warning of the user's" in printed
 
 
