@@ -241,7 +241,11 @@ class OnePassInTra(ReconstructionModule):
     def on_train_batch_end(self, outputs: Any, batch: ImageSamples, batch_idx: int) -> None:
         """Stop the clock of the step, and the training when its time is up."""
         del outputs, batch, batch_idx
-        self._seconds += time.monotonic() - self._step_started
+        seconds = torch.tensor(time.monotonic() - self._step_started, device=self.device)
+        if self.minutes is not None:
+            # By clocks of their own, processes would take other learning rates, and end at other steps.
+            seconds = self.trainer.strategy.reduce(seconds, reduce_op="max")
+        self._seconds += float(seconds)
         if self.minutes is not None and self._seconds >= 60 * self.minutes:
             self.trainer.should_stop = True
 
