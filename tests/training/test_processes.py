@@ -243,7 +243,10 @@ def test_a_time_is_up_for_all_processes_at_one_step(few_root: Path, tmp_path: Pa
     assert torch.equal(first["weights"], second["weights"])
 
 
-@pytest.fixture(scope="module", params=["intra", "one_pass", pytest.param("patch_svdd", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=["intra", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("one_pass", "patch_svdd"))],
+)
 def runs(request, few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
     kind, root = request.param, tmp_path_factory.mktemp("processes")
     done = subprocess.run(timeout=500, **command(kind, root / "several", few_root, root))
