@@ -13,7 +13,7 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 
-from anomalib_intra import InTra, PatchSVDD, TextureDemo
+from anomalib_intra import InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction import Comparison
 
@@ -35,6 +35,7 @@ TINY = {
     "windows_per_image": 8,
     "window_batch_size": 32,
 }
+TINY_ONE_PASS = {"image_size": (64, 64), "embed_dim": 32, "depth": 2, "num_heads": 2, "minutes": None}
 
 
 def only_local(address: object) -> None:
@@ -101,6 +102,11 @@ def tiny_intra(**kwargs: object) -> InTra:
     return InTra(**{**TINY, "visualizer": False, **kwargs})
 
 
+def tiny_one_pass(**kwargs: object) -> OnePassInTra:
+    """A tiny model, which draws no pictures unless it is told to, either."""
+    return OnePassInTra(**{**TINY_ONE_PASS, "visualizer": False, **kwargs})
+
+
 def tiny_patch_svdd(**kwargs: object) -> PatchSVDD:
     return PatchSVDD(**{"image_size": (128, 128), "pairs_per_image": 2, "pair_batch_size": 16, **kwargs})
 
@@ -108,7 +114,7 @@ def tiny_patch_svdd(**kwargs: object) -> PatchSVDD:
 class Run(NamedTuple):
     """A training and a test that are over; who changes the model takes a copy or loads the checkpoint."""
 
-    model: InTra | PatchSVDD
+    model: InTra | OnePassInTra | PatchSVDD
     folder: Path
     metrics: dict[str, float]
 
@@ -117,7 +123,7 @@ class Run(NamedTuple):
         return self.folder / "weights/lightning/model.ckpt"
 
 
-def train_and_test(model: InTra | PatchSVDD, root: Path, data_root: Path, max_epochs: int) -> Run:
+def train_and_test(model: InTra | OnePassInTra | PatchSVDD, root: Path, data_root: Path, max_epochs: int) -> Run:
     engine = tiny_engine(root, max_epochs=max_epochs)
     (metrics,) = engine.train(model, datamodule=TextureDemo(data_root, num_workers=0))
     return Run(model, Path(engine.trainer.default_root_dir), metrics)
@@ -128,6 +134,13 @@ def trained_intra(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A tiny InTra, trained for three epochs and tested, with pictures and report."""
     seed_everything(0)
     return train_and_test(tiny_intra(visualizer=True), tmp_path_factory.mktemp("intra"), demo_root, max_epochs=3)
+
+
+@pytest.fixture(scope="session")
+def trained_one_pass(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tiny OnePassInTra, trained for six epochs and tested, with pictures and report."""
+    seed_everything(0)
+    return train_and_test(tiny_one_pass(visualizer=True), tmp_path_factory.mktemp("one_pass"), demo_root, max_epochs=6)
 
 
 @pytest.fixture(scope="session")

@@ -35,15 +35,16 @@ def test_anomalib_understands_the_short_name_once_the_model_is_named() -> None:
     assert config["model"]["init_args"]["image_size"] == [256, 256]
 
 
-def test_our_script_understands_short_names_in_any_order(monkeypatch, capsys) -> None:
-    words = ["train", "--data", "MVTec", "--data.category", "screw", "--model", "InTra", "--print_config"]
+@pytest.mark.parametrize("model", ["InTra", "OnePassInTra"])
+def test_our_script_understands_short_names_in_any_order(model: str, monkeypatch, capsys) -> None:
+    words = ["train", "--data", "MVTec", "--data.category", "screw", "--model", model, "--print_config"]
     monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
     config = read_config(capsys.readouterr().out)
     assert config["data"]["init_args"]["category"] == "screw"
-    assert config["model"]["class_path"] == "anomalib_intra.InTra"
+    assert config["model"]["class_path"] == f"anomalib_intra.{model}"
 
 
 TRAINING_CONFIGS = sorted(
@@ -59,7 +60,7 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
         built = AnomalibCLI(
             ["train", "--config", str(config), "--default_root_dir", str(tmp_path), "--model.depth", "1"], run=False
         )
-    assert isinstance(built.model, OnePassInTra if config.stem == "one_pass" else InTra)
+    assert isinstance(built.model, OnePassInTra if config.stem in ("one_pass", "quickstart") else InTra)
     names = [metric.name for metric in built.model.evaluator.test_metrics]
     assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO", "good_PSNR"} == set(names)
     if config.stem == "quickstart":

@@ -3,12 +3,13 @@
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.intra.torch_model import InpaintingTransformer
+from anomalib_intra.one_pass import OnePassTransformer
 
 from .conftest import compared
 from .reference import reference_reconstruct
@@ -69,6 +70,64 @@ def test_reconstruction_is_that_of_the_loops_whatever_the_model_and_the_batch(dr
     colour = images[chosen].expand(3, *size).numpy()
     expected = reference_reconstruct(model, colour, **options)
     np.testing.assert_allclose(reconstruction[chosen].numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@st.composite
+def one_pass_models(draw: st.DrawFn) -> OnePassTransformer:
+    """A small one-pass model, in float32, with weights far from zero."""
+    block_size = draw(st.integers(1, 4), label="block_size")
+    radii = draw(st.lists(st.integers(0, block_size), min_size=1, max_size=3, unique=True), label="radii")
+    rows, columns = (draw(st.integers(1, 11), label=side) for side in ("rows", "columns"))
+    assume(max(rows, columns) >= 2 * max(radii) + 2)
+    patch_size = draw(st.integers(1, 5), label="patch_size")
+    model = OnePassTransformer(
+        (rows * patch_size, columns * patch_size),
+        patch_size,
+        embed_dim=8,
+        depth=draw(st.integers(1, 3), label="depth"),
+        num_heads=draw(st.sampled_from([1, 2, 4]), label="heads"),
+        content_depth=draw(st.integers(0, 2), label="content_depth"),
+        block_size=block_size,
+        radii=tuple(radii),
+    )
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed of the weights"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    return model.eval()
+
+
+@SAME_EVERY_TIME
+@given(model=one_pass_models(), data=st.data())
+def test_no_patch_sees_its_hole_and_each_image_sees_the_rest(model: OnePassTransformer, data: st.DataObject) -> None:
+    K, (height, width) = model.patch_size, model.image_size
+    images = data.draw(batches(model.image_size)).float()
+    radius = data.draw(st.sampled_from(model.radii), label="radius")
+    row, column = (data.draw(st.integers(0, side // K - 1), label="patch") for side in (height, width))
+    y, x = torch.arange(height) // K, torch.arange(width) // K
+    hole = ((y - row).abs() <= radius)[:, None] & ((x - column).abs() <= radius)
+    patch = (y == row)[:, None] & (x == column)
+    with torch.no_grad():
+        before = model(images)
+        of_radius = before.painted[:, model.radii.index(radius)]
+        inside, outside = (model(torch.where(where, 1 - images, images)) for where in (hole, ~hole))
+    assert before.painted.shape == (len(images), len(model.radii), 3, height, width)
+    assert before.suspicion.shape == (len(images), len(model.radii), height // K, width // K)
+    assert all(x.isfinite().all() for x in before)
+    # Not one bit, in any image of the batch; while what lies outside of the hole does change the patch.
+    changed = [(x.painted[:, model.radii.index(radius)] != of_radius)[..., patch] for x in (inside, outside)]
+    assert not changed[0].any()
+    assert changed[1].flatten(1).any(dim=1).all()
+
+
+@SAME_EVERY_TIME
+@given(model=one_pass_models(), data=st.data())
+def test_gradients_are_finite_whatever_the_model_and_the_images(model: OnePassTransformer, data: st.DataObject) -> None:
+    images = data.draw(batches(model.image_size)).float() * data.draw(st.sampled_from([0.0, 1e-3, 1.0]))
+    _, painted, suspicion = model(images)
+    (painted.square().mean() + suspicion.square().mean()).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
+    assert model.to_pixels.weight.grad.any()
 
 
 @SAME_EVERY_TIME

@@ -9,14 +9,19 @@ from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 from torch.utils.data import DataLoader, Subset
 
-from anomalib_intra import InTra, TextureDemo
+from anomalib_intra import TextureDemo
+from anomalib_intra.components.reconstruction_module import ReconstructionModule
 
-from .conftest import tiny_engine, tiny_intra
+from .conftest import tiny_engine, tiny_intra, tiny_one_pass
+
+KINDS = {"InTra": tiny_intra, "OnePassInTra": tiny_one_pass}
 
 
-def run(demo_root: Path, results: Path, workers: int) -> tuple[InTra, Engine, list[dict[str, float]], dict]:
+def run(
+    kind: str, demo_root: Path, results: Path, workers: int
+) -> tuple[ReconstructionModule, Engine, list[dict[str, float]], dict]:
     seed_everything(7, workers=True)
-    model, engine = tiny_intra(visualizer=False), tiny_engine(results, max_epochs=1)
+    model, engine = KINDS[kind](), tiny_engine(results, max_epochs=1)
     datamodule = TextureDemo(demo_root, num_workers=workers)
     metrics = engine.train(model, datamodule=datamodule)
     return model, engine, metrics, by_path(engine.predict(model, datamodule=datamodule))
@@ -31,17 +36,17 @@ def by_path(predictions: list) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     }
 
 
-@pytest.fixture(scope="module")
-def reference(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    return run(demo_root, tmp_path_factory.mktemp("reference"), workers=0)
+@pytest.fixture(scope="module", params=KINDS)
+def reference(request: pytest.FixtureRequest, demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
+    return request.param, *run(request.param, demo_root, tmp_path_factory.mktemp("reference"), workers=0)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_repeated_gives_the_same_bits_also_with_workers(
     reference: tuple, demo_root: Path, tmp_path: Path, workers: int
 ) -> None:
-    model, _, metrics, predictions = reference
-    again, _, metrics_again, predictions_again = run(demo_root, tmp_path, workers)
+    kind, model, _, metrics, predictions = reference
+    again, _, metrics_again, predictions_again = run(kind, demo_root, tmp_path, workers)
     state = again.state_dict()
     for name, value in model.state_dict().items():  # weights, training mean, thresholds; NaN where there is nothing
         assert torch.allclose(value, state[name], rtol=0, atol=0, equal_nan=True), name
@@ -53,7 +58,7 @@ def test_a_run_repeated_gives_the_same_bits_also_with_workers(
 
 @pytest.mark.parametrize("batch_size", [1, 7, 32])
 def test_scores_depend_neither_on_batch_size_nor_on_order(reference: tuple, demo_root: Path, batch_size: int) -> None:
-    model, engine, _, expected = reference  # in batches of 32
+    _, model, engine, _, expected = reference  # in batches of 32
     datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=batch_size)
     in_batches = by_path(engine.predict(model, datamodule=datamodule))
 

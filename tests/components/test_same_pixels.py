@@ -31,8 +31,7 @@ from anomalib_intra import InTra, PatchSVDD
 from anomalib_intra.components.calibrated_module import CalibratedModule
 from anomalib_intra.yardsticks import Yardstick
 
-from ..conftest import tiny_engine, tiny_intra
-from ..one_pass.test_lightning_model import tiny as tiny_one_pass
+from ..conftest import tiny_engine, tiny_intra, tiny_one_pass
 
 SIDE = 128
 
@@ -110,7 +109,7 @@ def build(kind: str, side: int = SIDE, **kwargs: object) -> CalibratedModule:
     seed_everything(0)
     kwargs = {"image_size": (side, side), "visualizer": False, **kwargs}
     if kind == "OnePassInTra":
-        return tiny_one_pass(minutes=None, **kwargs)
+        return tiny_one_pass(**kwargs)
     if kind == "PatchSVDD":
         return PatchSVDD(pairs_per_image=2, pair_batch_size=16, **kwargs)
     return Yardstick(flat=False, **kwargs) if kind == "Yardstick" else tiny_intra(**kwargs)

@@ -4,7 +4,6 @@
 import copy
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from anomalib.data import PredictDataset
@@ -14,37 +13,24 @@ from torch.utils.data import DataLoader
 from anomalib_intra import InTraPostProcessor, OnePassInTra, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.data.images import sample_images
+from anomalib_intra.one_pass import lightning_model
 from anomalib_intra.training import checkpoints
 
-from ..conftest import tiny_engine
-
-TINY = {"image_size": (64, 64), "embed_dim": 32, "depth": 2, "num_heads": 2, "minutes": None}
+from ..conftest import Run, tiny_engine, tiny_one_pass
 
 
-def tiny(**options: object) -> OnePassInTra:
-    return OnePassInTra(**{**TINY, **options})
-
-
-@pytest.fixture(scope="module")
-def trained(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple:
-    seed_everything(0)
-    model, engine = tiny(), tiny_engine(tmp_path_factory.mktemp("one_pass"), max_epochs=6)
-    metrics = engine.train(model, datamodule=TextureDemo(demo_root, num_workers=0))
-    return model, engine, metrics[0]
-
-
-def test_it_learns_and_is_tested(trained: tuple) -> None:
-    model, engine, metrics = trained
+def test_it_learns_and_is_tested(trained_one_pass: Run) -> None:
+    model, folder, metrics = trained_one_pass
     assert metrics["image_AUROC"] > 0.8
     assert metrics["pixel_AUROC"] > 0.8
     losses = [row["val_loss"] for row in model.losses]
     assert losses[-1] < 0.6 * losses[0]
-    pictures = list(Path(engine.trainer.default_root_dir).glob("images/**/*.png"))
+    pictures = list(folder.glob("images/**/*.png"))
     assert len(pictures) > 10
 
 
-def test_difference_maps_are_logits_of_the_head_and_equation_16_of_all_radii(trained: tuple) -> None:
-    model = copy.deepcopy(trained[0]).eval()
+def test_difference_maps_are_logits_of_the_head_and_equation_16_of_all_radii(trained_one_pass: Run) -> None:
+    model = copy.deepcopy(trained_one_pass.model).eval()
     images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         compared, painting = model.compare(images), model.model(images)
@@ -71,7 +57,7 @@ def test_a_run_that_was_cut_ends_as_an_uncut_one_bit_for_bit(demo_root: Path, tm
 
     def run(folder: str, ckpt_path: Path | None = None, callbacks: tuple[Callback, ...] = ()) -> OnePassInTra:
         seed_everything(3)
-        model = tiny(visualizer=False)
+        model = tiny_one_pass()
         engine = tiny_engine(tmp_path / folder, callbacks=list(callbacks), logger=False)
         engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0), ckpt_path=ckpt_path)
         return model
@@ -87,7 +73,7 @@ def test_a_run_that_was_cut_ends_as_an_uncut_one_bit_for_bit(demo_root: Path, tm
 
 
 def test_training_to_a_time_ends_there_with_the_learning_rate_down(demo_root: Path, tmp_path: Path) -> None:
-    model = tiny(minutes=0.02, visualizer=False)
+    model = tiny_one_pass(minutes=0.02)
     engine = tiny_engine(tmp_path, max_epochs=1000, logger=False)
     engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0))
     assert model.progress == 1.0
@@ -95,45 +81,29 @@ def test_training_to_a_time_ends_there_with_the_learning_rate_down(demo_root: Pa
     assert engine.trainer.optimizers[0].param_groups[0]["lr"] < 0.1 * model.learning_rate
     assert model.is_calibrated
 
+    (last,) = tmp_path.rglob("last.ckpt")
+    resumed = tiny_one_pass(minutes=0.02)
+    again = tiny_engine(tmp_path / "again", max_epochs=1000, logger=False)
+    again.fit(resumed, datamodule=TextureDemo(demo_root, num_workers=0), ckpt_path=last)
+    assert resumed._seconds >= model._seconds  # its time is up
+    assert again.trainer.global_step <= engine.trainer.global_step + 1
 
-def test_prediction_from_a_checkpoint_equals_that_of_the_model(trained: tuple, demo_root: Path, tmp_path: Path) -> None:
-    model, engine, _ = trained
-    loaded = OnePassInTra.load_from_checkpoint(engine.best_model_path)
+
+def test_prediction_from_a_checkpoint_equals_that_of_the_model(
+    trained_one_pass: Run, demo_root: Path, tmp_path: Path
+) -> None:
+    loaded = OnePassInTra.load_from_checkpoint(trained_one_pass.checkpoint)
     images = PredictDataset(demo_root / "weave/test/good")
     scores = []
-    for one in (copy.deepcopy(model), loaded):
+    for one in (copy.deepcopy(trained_one_pass.model), loaded):
         loader = DataLoader(images, batch_size=3, collate_fn=images.collate_fn)
         batches = tiny_engine(tmp_path, logger=False).predict(one, dataloaders=loader)
         scores.append(torch.cat([batch.pred_score for batch in batches]))
     assert torch.equal(*scores)
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
-def test_exports_score_like_the_model(trained: tuple, tmp_path: Path, kind: str) -> None:
-    model = copy.deepcopy(trained[0]).eval()
-    images = torch.rand(2, 3, 80, 100, generator=torch.Generator().manual_seed(2))
-    with torch.no_grad():
-        expected = model(images)
-    path = tiny_engine(tmp_path, logger=False).export(model, kind, export_root=tmp_path)
-    if kind == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(path)
-        names = [output.name for output in session.get_outputs()]
-        outputs = dict(zip(names, session.run(None, {session.get_inputs()[0].name: images.numpy()}), strict=True))
-    else:
-        import openvino as ov
-
-        compiled = ov.compile_model(path, config={"INFERENCE_PRECISION_HINT": "f32"})
-        outputs = {output.any_name: value for output, value in compiled(images.numpy()).items()}
-    np.testing.assert_allclose(outputs["pred_score"].ravel(), expected.pred_score.numpy(), atol=1e-3)
-    np.testing.assert_allclose(
-        outputs["anomaly_map"].reshape(2, 64, 64), expected.anomaly_map.numpy().reshape(2, 64, 64), atol=1e-3
-    )
-
-
 def test_gradients_are_finite_where_images_are_constant() -> None:
-    model = tiny()
+    model = tiny_one_pass()
     for value in (0.0, 0.5, 1.0):
         samples = sample_images(torch.full((2, 3, 64, 64), value), 1, torch.Generator().manual_seed(0))
         loss = model.loss_of(samples)
@@ -142,10 +112,12 @@ def test_gradients_are_finite_where_images_are_constant() -> None:
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
 
 
-def test_a_checkpoint_of_another_architecture_is_refused(trained: tuple, demo: TextureDemo, tmp_path: Path) -> None:
-    other = tiny(radii=(0, 1))
+def test_a_checkpoint_of_another_architecture_is_refused(
+    trained_one_pass: Run, demo: TextureDemo, tmp_path: Path
+) -> None:
+    other = tiny_one_pass(radii=(0, 1))
     with pytest.raises(ValueError, match=r"another OnePassInTra, with radii=\(0, 1, 2\) \(here \(0, 1\)\)"):
-        tiny_engine(tmp_path).test(other, datamodule=demo, ckpt_path=trained[1].best_model_path)
+        tiny_engine(tmp_path).test(other, datamodule=demo, ckpt_path=trained_one_pass.checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -154,9 +126,61 @@ def test_a_checkpoint_of_another_architecture_is_refused(trained: tuple, demo: T
 )
 def test_what_does_not_work_is_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        tiny(**options)
+        tiny_one_pass(**options)
 
 
 def test_the_post_processor_is_made_for_logits() -> None:
-    assert tiny().post_processor.deviation == "half"
-    assert isinstance(tiny().post_processor, InTraPostProcessor)
+    assert tiny_one_pass().post_processor.deviation == "half"
+    assert isinstance(tiny_one_pass().post_processor, InTraPostProcessor)
+    with pytest.raises(ValueError, match="are logits: leave deviation out"):
+        tiny_one_pass(post_processor=InTraPostProcessor(deviation="positive"))
+
+
+def norms(optimizer: torch.optim.Optimizer) -> list[float]:
+    """Norms of the gradients of painter and head."""
+    groups = [[weight.grad.flatten() for weight in group["params"]] for group in optimizer.param_groups]
+    return [float(torch.cat(gradients).norm()) for gradients in groups]
+
+
+def test_gradients_of_painter_and_head_are_clipped_to_a_norm_of_1_each() -> None:
+    model = tiny_one_pass()
+    optimizer = model.configure_optimizers()["optimizer"]
+    for size, expected in ((1e3, 1.0), (1e-9, None)):
+        for weight in model.model.parameters():
+            weight.grad = torch.full_like(weight, size)
+        before = norms(optimizer)
+        model.configure_gradient_clipping(optimizer)
+        assert norms(optimizer) == pytest.approx([expected or norm for norm in before], rel=1e-4)
+
+
+def test_a_trainer_that_clips_in_its_own_way_is_heeded(few: TextureDemo, tmp_path: Path) -> None:
+    largest = []
+
+    class Look(Callback):
+        def on_before_zero_grad(self, trainer: Trainer, model: OnePassInTra, optimizer: torch.optim.Optimizer) -> None:
+            if optimizer.param_groups[0]["params"][0].grad is not None:
+                largest.append(max(norms(optimizer)))
+
+    options = {"max_steps": 3, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "norm"}
+    tiny_engine(tmp_path, callbacks=[Look()], logger=False, **options).fit(tiny_one_pass(), datamodule=few)
+    assert largest
+    assert all(0 < norm < 1.001e-3 for norm in largest)
+
+
+@pytest.mark.parametrize(("option", "name"), [("rotate", "turn"), ("vary_light", "vary_light")])
+def test_images_are_turned_and_lit_otherwise_where_asked_for_and_nowhere_else(
+    option: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lightning_model, name, torch.zeros_like)
+    monkeypatch.setattr(lightning_model, "spoil", lambda images, donors, share: (images, images[:, :1] * 0))
+    samples = sample_images(torch.full((2, 3, 64, 64), 0.5), 1, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    for asked in (True, False):
+        model, seen = tiny_one_pass(**{option: asked}), []
+        monkeypatch.setattr(
+            model.loss, "forward", lambda images, painted, seen=seen: seen.append(images.max()) or painted.sum() * 0
+        )
+        for _ in range(10):
+            model.loss_of(samples)
+        assert (0.0 in seen) == asked
+        assert (0.5 in seen) == (not asked or option == "vary_light")  # some images keep their light

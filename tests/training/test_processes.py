@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,12 +16,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from anomalib_intra import InTra, PatchSVDD, TextureDemo
+from anomalib_intra import InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.data.normal_images import NormalImages, Share
+from anomalib_intra.one_pass import lightning_model as one_pass
 from anomalib_intra.training import agreement as agreement_module
 from anomalib_intra.training.agreement import Agreement
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import tiny_engine, tiny_intra, tiny_one_pass
 from ..intra.test_windows import CountingImages, loader_of, samples_of
 
 WORLD = 2
@@ -89,7 +91,15 @@ class Log(Callback):
         self.seen["val_loss"].append(float(trainer.callback_metrics["val_loss"]))
 
 
-def weights_of(model: InTra | PatchSVDD) -> torch.Tensor:
+def blackened(images: torch.Tensor, donors: torch.Tensor, share: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spoil the same place of all images."""
+    del donors, share
+    replaced = torch.zeros_like(images[:, :1])
+    replaced[..., 8:30, 20:50] = 1
+    return images * (1 - replaced), replaced
+
+
+def weights_of(model: InTra | OnePassInTra | PatchSVDD) -> torch.Tensor:
     return parameters_to_vector(model.model.parameters()).detach()
 
 
@@ -99,6 +109,10 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     log = Log()
     if kind == "intra":
         model = tiny_intra(patience=2, visualizer=True)
+    elif kind == "one_pass":
+        # Every process spoils its images for itself and draws its radius; without that, too.
+        one_pass.spoil = blackened
+        model = tiny_one_pass(images_per_step=6, radii=(1,), visualizer=True)
     else:
         model = PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
         # Every process draws the noise of its patches for itself; without it, the steps must be those of one process.
@@ -107,10 +121,10 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     # 18 training images, 2 held out, 16 test images.
     datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=7)
     several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    engine = tiny_engine(root, callbacks=[log], max_epochs=3 if kind == "intra" else 1, logger=False, **several)
+    engine = tiny_engine(root, callbacks=[log], max_epochs=1 if kind == "patch_svdd" else 3, logger=False, **several)
     results = engine.train(model, datamodule=datamodule)
     processor = model.post_processor
-    mean = processor.training_mean if kind == "intra" else model.model.mean_image
+    mean = model.model.mean_image if kind == "patch_svdd" else processor.training_mean
     return {
         **log.seen,
         "metrics": results[0],
@@ -146,11 +160,27 @@ def run_until_stopped(rank: int, where: str, number: int, root: Path, demo_root:
     engine.fit(tiny_intra(), datamodule=TextureDemo(demo_root, num_workers=0))
 
 
+def run_for_a_time(root: Path, demo_root: Path) -> dict:
+    """Train for two seconds, in which the second process is slower; give what this process ends with."""
+
+    class Slow(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            time.sleep(0.01 * trainer.global_rank)
+
+    seed_everything(5)
+    model = tiny_one_pass(images_per_step=2, minutes=2 / 60)
+    several = {"strategy": "ddp", "devices": WORLD, "max_epochs": 1000, "logger": False}
+    engine = tiny_engine(root, callbacks=[Slow()], **several)
+    engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0))
+    rate = engine.trainer.optimizers[0].param_groups[0]["lr"]
+    return {"weights": weights_of(model), "rate": rate, "steps": engine.trainer.global_step}
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "stopped":
         run_until_stopped(int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *map(Path, sys.argv[5:7]))
     kind, root, demo_root, out = sys.argv[1], *map(Path, sys.argv[2:5])
-    seen = run(kind, root, demo_root, WORLD)
+    seen = run_for_a_time(root, demo_root) if kind == "timed" else run(kind, root, demo_root, WORLD)
     rank = torch.distributed.get_rank()
     torch.save(seen, out / f"{rank}.pt")
 
@@ -203,7 +233,20 @@ def test_processes_meet_every_few_steps_and_agree_on_what_one_of_them_wants(monk
     assert 8 <= len(met) <= 12  # every 2 seconds of 20
 
 
-@pytest.fixture(scope="module", params=["intra", pytest.param("patch_svdd", marks=pytest.mark.slow)])
+def test_a_time_is_up_for_all_processes_at_one_step(few_root: Path, tmp_path: Path) -> None:
+    """Where each had a clock of its own, learning rates would differ, and one would wait for steps of the other."""
+    done = subprocess.run(timeout=200, **command("timed", tmp_path / "several", few_root, tmp_path))
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD))
+    assert first["steps"] == second["steps"] > 1
+    assert first["rate"] == second["rate"]
+    assert torch.equal(first["weights"], second["weights"])
+
+
+@pytest.fixture(
+    scope="module",
+    params=["intra", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("one_pass", "patch_svdd"))],
+)
 def runs(request, few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
     kind, root = request.param, tmp_path_factory.mktemp("processes")
     done = subprocess.run(timeout=500, **command(kind, root / "several", few_root, root))
@@ -223,7 +266,7 @@ def test_losses_and_weights_are_those_of_one_process(runs: tuple) -> None:
     kind, alone, several = runs
     # Adam's first steps are as long for a gradient that is zero but for rounding as for any other. Patch-SVDD has such
     # gradients and takes four steps here: of what training moves, 2 % differ.
-    share = 0.01 if kind == "intra" else 0.05
+    share = 0.05 if kind == "patch_svdd" else 0.01
     for part in several:
         assert part["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
         assert (part["weights"] - alone["weights"]).norm() < share * alone["moved"]
@@ -246,9 +289,12 @@ def test_processes_write_into_one_folder(runs: tuple) -> None:
     assert len(list((folder / "images/test").rglob("*.png"))) == 16
 
 
-def calibrated_alone(kind: str, checkpoint: str, few_root: Path, root: Path) -> tuple[InTra | PatchSVDD, dict]:
+def calibrated_alone(
+    kind: str, checkpoint: str, few_root: Path, root: Path
+) -> tuple[InTra | OnePassInTra | PatchSVDD, dict]:
     """Calibrate and test the weights of several processes in one."""
-    model = (InTra if kind == "intra" else PatchSVDD).load_from_checkpoint(checkpoint)
+    kinds = {"intra": InTra, "one_pass": OnePassInTra, "patch_svdd": PatchSVDD}
+    model = kinds[kind].load_from_checkpoint(checkpoint)
     model.post_processor.reset()
     if kind == "patch_svdd":
         model.model.empty_memory_bank()
@@ -260,7 +306,7 @@ def test_mean_thresholds_and_metrics_are_those_of_one_process(runs: tuple, few_r
     kind, _, (first, _) = runs
     model, metrics = calibrated_alone(kind, first["best"], few_root, tmp_path)
     processor = model.post_processor
-    mean = processor.training_mean if kind == "intra" else model.model.mean_image
+    mean = model.model.mean_image if kind == "patch_svdd" else processor.training_mean
     assert first["mean"] == pytest.approx(mean.flatten().tolist(), abs=1e-6)
     thresholds = [float(processor.image_threshold), float(processor.pixel_threshold)]
     assert first["thresholds"] == pytest.approx(thresholds, rel=1e-6)

@@ -252,9 +252,14 @@ class OnePassInTra(ReconstructionModule):
             self.trainer.should_stop = True
 
     def _stop_clock(self) -> None:
-        if self._step_started is not None:
-            self._seconds += time.monotonic() - self._step_started
-            self._step_started = None
+        if self._step_started is None:
+            return
+        seconds = torch.tensor(time.monotonic() - self._step_started, device=self.device)
+        if self.minutes is not None:
+            # By clocks of their own, processes would take other learning rates, and end at other steps.
+            seconds = self.trainer.strategy.reduce(seconds, reduce_op="max")
+        self._seconds += float(seconds)
+        self._step_started = None
 
     def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Compare normal images with the mean of what was painted with all radii.

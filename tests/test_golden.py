@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The numbers of a model with fixed weights on fixed images, against those in ``golden/intra.npz``.
+"""The numbers of models with fixed weights on fixed images, against those in ``golden/``.
 
 They guard against silent change, from reading an image to its score. Where a change is meant, write them anew with
-``python -m tests.intra.test_golden`` and say in the commit why they changed.
+``python -m tests.test_golden`` and the name of the model, and say in the commit why they changed.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -16,22 +17,29 @@ from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from anomalib_intra import InTra
-from anomalib_intra.components.anomaly_map import difference_map
+from anomalib_intra import InTra, OnePassInTra
+from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.data.normal_images import NormalImages
 
-from ..conftest import tiny_engine
+from .conftest import tiny_engine
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "intra.npz"
+GOLDEN = Path(__file__).parent / "golden"
+SIZES = {"image_size": (32, 48), "patch_size": 8, "embed_dim": 16, "num_heads": 2}
+MODELS = {
+    "intra": lambda: InTra(**SIZES, window_size=3, depth=3),
+    "one_pass": lambda: OnePassInTra(**SIZES, depth=2),
+}
 
 
-def fixed_model() -> InTra:
+def fixed_model(kind: str) -> ReconstructionModule:
     """Weights from a generator whose stream NumPy never changes, so that they never depend on PyTorch's."""
-    model = InTra(image_size=(32, 48), patch_size=8, window_size=3, embed_dim=16, depth=3, num_heads=2)
+    model = MODELS[kind]()
     stream = np.random.RandomState(2104)
     with torch.no_grad():
         for name, parameter in model.model.named_parameters():
-            offset = 1.0 if "norm" in name and name.endswith("weight") else 0.5 if name == "to_pixels.bias" else 0.0
+            # InTra paints pixels as they are, the one-pass model normalised ones, which are 0 in the mean.
+            grey = 0.5 if name == "to_pixels.bias" and kind == "intra" else 0.0
+            offset = 1.0 if "norm" in name and name.endswith("weight") else grey
             parameter.copy_(torch.from_numpy(offset + 0.1 * stream.standard_normal(tuple(parameter.shape))))
     return model
 
@@ -50,18 +58,17 @@ def fixed_images(folder: Path, numbers: range, hole: bool = False) -> DataLoader
     return DataLoader(dataset, batch_size=len(dataset), collate_fn=dataset.collate_fn)
 
 
-def compute(folder: Path) -> dict[str, np.ndarray]:
+def compute(kind: str, folder: Path) -> dict[str, np.ndarray]:
     """Calibrate the model on five images and one that is held out, and score another with and without a hole."""
-    model, engine = fixed_model(), tiny_engine(folder / "results", logger=False)
+    model, engine = fixed_model(kind), tiny_engine(folder / "results", logger=False)
     model.trainer = Trainer(accelerator="cpu", logger=False)
     training, held_out = fixed_images(folder / "training", range(5)), fixed_images(folder / "held_out", range(5, 6))
     whole, broken = (fixed_images(folder / str(hole), range(6, 7), hole) for hole in (False, True))
     model.eval()._calibrate(NormalImages(training, training, held_out, held_out, same_every_epoch=True))
     batches = [batch for loader in (whole, broken) for batch in engine.predict(model, dataloaders=loader)]
-    images, reconstructions = (torch.cat([getattr(b, name) for b in batches]) for name in ("image", "reconstruction"))
     return {
-        "reconstruction": reconstructions.numpy(),
-        "difference_map": difference_map(images, reconstructions).numpy(),
+        "reconstruction": torch.cat([batch.reconstruction for batch in batches]).numpy(),
+        "difference_map": torch.cat([batch.difference for batch in batches]).numpy(),
         "training_mean": model.post_processor.training_mean.numpy(),
         "thresholds": torch.stack([model.post_processor.image_threshold, model.post_processor.pixel_threshold]).numpy(),
         "anomaly_map": torch.cat([batch.anomaly_map for batch in batches]).float().numpy(),
@@ -69,28 +76,31 @@ def compute(folder: Path) -> dict[str, np.ndarray]:
     }
 
 
-@pytest.fixture(scope="module")
-def computed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, np.ndarray]:
-    return compute(tmp_path_factory.mktemp("golden"))
+@pytest.fixture(scope="module", params=MODELS)
+def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, dict]:
+    """What is computed now, and what is stored."""
+    with np.load(GOLDEN / f"{request.param}.npz", allow_pickle=False) as golden:
+        return compute(request.param, tmp_path_factory.mktemp("golden")), dict(golden)
 
 
-def test_golden_file_holds_numbers_that_tell_images_apart() -> None:
-    with np.load(GOLDEN, allow_pickle=False) as golden:
-        assert 0.05 < golden["reconstruction"].std() < 1
-        assert golden["difference_map"].std() > 0.01
-        assert np.ptp(golden["score"]) > 0.05
+def test_golden_file_holds_numbers_that_tell_images_apart(both: tuple[dict, dict]) -> None:
+    _, golden = both
+    assert 0.05 < golden["reconstruction"].std() < 1
+    assert golden["difference_map"].std() > 0.01
+    assert np.ptp(golden["score"]) > 0.05
 
 
 @pytest.mark.parametrize(
     "name", ["reconstruction", "difference_map", "training_mean", "thresholds", "anomaly_map", "score"]
 )
-def test_numbers_are_those_of_the_golden_file(computed: dict[str, np.ndarray], name: str) -> None:
-    with np.load(GOLDEN, allow_pickle=False) as golden:
-        # Other processors add up in another order, which moves a value of about 1 by some 1e-6.
-        np.testing.assert_allclose(computed[name], golden[name], rtol=0, atol=1e-5)
+def test_numbers_are_those_of_the_golden_file(both: tuple[dict, dict], name: str) -> None:
+    computed, golden = both
+    # Other processors add up in another order, which moves a value of about 1 by some 1e-6.
+    np.testing.assert_allclose(computed[name], golden[name], rtol=0, atol=1e-5)
 
 
 if __name__ == "__main__":
+    (name,) = sys.argv[1:]
     with tempfile.TemporaryDirectory() as folder:
-        np.savez_compressed(GOLDEN, **compute(Path(folder)))
-    print(f"{GOLDEN} written, {GOLDEN.stat().st_size} bytes")
+        np.savez_compressed(GOLDEN / f"{name}.npz", **compute(name, Path(folder)))
+    print(f"{name}.npz written")
