@@ -28,7 +28,6 @@ FLOORS = [
 #: them: its memory bank is a buffer whose size is unknown until it is filled, which anomalib's mixin loads.)
 PURE_TORCH = [
     "components/anomaly_map",
-    "components/outline",
     "components/reconstruction",
     "components/similarity",
     "data/image_range",

@@ -16,7 +16,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import is_normal
-from anomalib_intra.components.outline import belongs_to_a_peak
 from anomalib_intra.training.processes import gathered
 
 logger = logging.getLogger(__name__)
@@ -57,9 +56,7 @@ class UnsaturatedPostProcessor(PostProcessor):
     directly or exported, scores are rounded to float32.
 
     Thresholds are those of the best F1 score where the validation images hold labelled anomalies and normal images, and
-    otherwise quantiles of the held-out normal images. A mask is where the map exceeds the threshold and half of its
-    highest value nearby (:func:`~anomalib_intra.components.outline.belongs_to_a_peak`), so that strong defects get an
-    outline that fits, too.
+    otherwise quantiles of the held-out normal images.
 
     A setting that is None is as in the checkpoint that is loaded, and has its default without one; one that is given
     outlives a checkpoint made with another.
@@ -198,7 +195,7 @@ class UnsaturatedPostProcessor(PostProcessor):
         labels = masks = None
         if self.enable_thresholding:
             labels = self._exceeds(scores, self.image_threshold, self.image_sensitivity)
-            masks = self._exceeds(maps, self.pixel_threshold, self.pixel_sensitivity) & belongs_to_a_peak(maps)
+            masks = self._exceeds(maps, self.pixel_threshold, self.pixel_sensitivity)
         if self.enable_normalization:
             scores = self._normalize(scores, self.image_threshold)
             maps = self._normalize(maps, self.pixel_threshold)
