@@ -28,7 +28,7 @@ def test_the_site_builds_with_its_api(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "api/intra/index.html").read_text(encoding="utf-8")
     assert 'id="anomalib_intra.intra.lightning_model.InTra"' in page
-    assert "configs/compact.yaml" in (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "configs/one_pass.yaml" in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
