@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 from einops import einsum, rearrange
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnet import resnet18
 from torch import nn
 from torch.nn.functional import conv_transpose2d, interpolate, pad
 
@@ -59,7 +59,7 @@ class CutPasteModel(nn.Module):
         check_sizes(image_size, patch_size)
         self.image_size = image_size
         self.patch_size = patch_size
-        self.encoder = ResNet(BasicBlock, (2, 2, 2, 2), num_classes=0, global_pool="")  # 18 layers
+        self.encoder = resnet18(pretrained=False, num_classes=0, global_pool="")
         self.head = nn.Sequential(
             nn.Linear(FEATURE_DIM, FEATURE_DIM, bias=False),
             nn.BatchNorm1d(FEATURE_DIM),
@@ -127,10 +127,12 @@ class CutPasteModel(nn.Module):
                 return self._encode(images)
             cut = images.unfold(2, self.patch_size, STRIDE).unfold(3, self.patch_size, STRIDE)
             rows, columns = cut.shape[2:4]
-            patches = rearrange(cut, "b c h w k1 k2 -> (b h w) c k1 k2")
-            # An exported graph takes all at once: it would hold the network once for each part.
-            parts = [patches] if torch.compiler.is_exporting() else patches.split(_PATCHES_AT_ONCE)
-            features = torch.cat([_pooled(self._encode(part)) for part in parts])
+            if torch.compiler.is_exporting():  # all at once: the graph would hold the network once for each part
+                features = _pooled(self._encode(rearrange(cut, "b c h w k1 k2 -> (b h w) c k1 k2")))
+            else:
+                of_each = (rearrange(image, "c h w k1 k2 -> (h w) c k1 k2") for image in cut)
+                parts = (part for patches in of_each for part in patches.split(_PATCHES_AT_ONCE))
+                features = torch.cat([_pooled(self._encode(part)) for part in parts])
             return rearrange(features, "(b h w) d -> b d h w", h=rows, w=columns)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
