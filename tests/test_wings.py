@@ -19,7 +19,7 @@ FLOORS = [
     {"experiments"},
     {"benchmark"},
     {"yardsticks"},
-    {"intra", "one_pass", "patch_svdd", "metrics"},
+    {"intra", "one_pass", "patch_svdd", "cutpaste", "metrics"},
     {"components"},
     {"training", "data", "report"},
 ]
@@ -30,6 +30,9 @@ PURE_TORCH = [
     "components/anomaly_map",
     "components/reconstruction",
     "components/similarity",
+    "cutpaste/augmentation",
+    "cutpaste/gaussian",
+    "cutpaste/torch_model",
     "data/image_range",
     "data/symmetries",
     "intra/attention",
@@ -109,7 +112,7 @@ def test_pure_torch_runs_where_neither_lightning_nor_anomalib_can_be_imported() 
 import sys, types, importlib
 for name in ("anomalib", "lightning", "pytorch_lightning"):
     sys.modules[name] = None
-for wing in ("", ".components", ".data", ".intra", ".patch_svdd"):
+for wing in ("", ".components", ".cutpaste", ".data", ".intra", ".patch_svdd"):
     package = types.ModuleType("anomalib_intra" + wing)
     package.__path__ = [{str(PACKAGE)!r} + wing.replace(".", "/")]
     sys.modules["anomalib_intra" + wing] = package

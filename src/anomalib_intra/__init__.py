@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InTra, the Inpainting Transformer for Anomaly Detection (arXiv 2104.13897), and Patch-SVDD as anomalib models."""
+"""InTra, the Inpainting Transformer for Anomaly Detection (arXiv 2104.13897), and its rivals as anomalib models."""
 
 import warnings
 
@@ -11,6 +11,7 @@ with warnings.catch_warnings():
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import InTraVisualizer
+from anomalib_intra.cutpaste import CutPaste
 from anomalib_intra.data import MVTec, TextureDemo
 from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.intra.torch_model import InpaintingTransformer
@@ -18,6 +19,7 @@ from anomalib_intra.one_pass import OnePassInTra, OnePassTransformer
 from anomalib_intra.patch_svdd import PatchSVDD
 
 __all__ = [
+    "CutPaste",
     "InTra",
     "InTraPostProcessor",
     "InTraVisualizer",

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CutPaste as users run it: trained, resumed, saved, loaded, predicted with and exported."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import ImageBatch
+from anomalib.post_processing import PostProcessor
+from lightning.pytorch import Callback, Trainer, seed_everything
+
+from anomalib_intra import CutPaste, MVTec, TextureDemo
+from anomalib_intra.metrics import PaperEvaluator
+
+from ..conftest import CONFIGS, Run, tiny_engine, train_and_test
+
+EPOCHS = 6
+
+
+def tiny(**kwargs: object) -> CutPaste:
+    tiny = {"image_size": (64, 64), "samples_per_image": 1, "images_per_step": 6, "visualizer": False}
+    return CutPaste(**{**tiny, **kwargs})
+
+
+@pytest.fixture(scope="module")
+def trained(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model of patches, which are small and so train fast: 108 steps."""
+    seed_everything(0)
+    model = tiny(patch_size=32, learning_rate=0.1, samples_per_image=8, images_per_step=8)
+    return train_and_test(model, tmp_path_factory.mktemp("cutpaste"), few_root, EPOCHS)
+
+
+@pytest.fixture(scope="module")
+def of_images(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A model of whole images, trained for an epoch of three steps."""
+    seed_everything(0)
+    return train_and_test(tiny(), tmp_path_factory.mktemp("of_images"), few_root, 1)
+
+
+def images_of(few: TextureDemo) -> torch.Tensor:
+    few.setup()
+    return torch.as_tensor(next(iter(few.test_dataloader())).image[:3])
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def test_training_learns_to_tell_the_forms_apart_and_finds_anomalies(trained: Run) -> None:
+    losses = [epoch["train_loss"] for epoch in trained.model.losses]
+    assert len(losses) == EPOCHS
+    assert losses[-1] < 0.8 * math.log(3)
+    assert trained.metrics["image_AUROC"] > 0.8
+    assert trained.metrics["pixel_AUROC"] > 0.7
+
+
+def test_gaussian_is_that_of_the_training_images_with_the_weights_that_are_tested(of_images: Run, few) -> None:
+    few.setup()
+    images = torch.stack([torch.as_tensor(item.image) for item in few.train_data])
+    model = of_images.model.eval()
+    with torch.no_grad():
+        features = model.model.features(model.pre_processor(images))
+    torch.testing.assert_close(model.model.gaussian.mean, features.mean(dim=0), rtol=0, atol=1e-5)
+    assert not torch.isnan(model.post_processor.image_threshold)
+
+
+def test_learning_rate_is_half_a_cosine_and_validation_loss_that_of_the_same_forms(few, tmp_path: Path) -> None:
+    rates, losses = [], []
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: CutPaste) -> None:
+            losses.append(trainer.callback_metrics["val_loss"].item())
+
+    class Still(CutPaste):
+        def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+            super().training_step(*args, **kwargs)  # random numbers are drawn, the running means do not count
+            self.model.load_state_dict(weights)
+            return sum(weight.sum() for weight in self.model.parameters()) * 0
+
+    seed_everything(1)
+    model = Still((64, 64), samples_per_image=1, images_per_step=6, visualizer=False, learning_rate=0.5)
+    weights = {name: value.clone() for name, value in model.model.state_dict().items()}
+    tiny_engine(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(model, datamodule=few)
+    expected = [0.25 * (1 + math.cos(math.pi * step / 6)) for step in range(1, 7)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(few: TextureDemo, tmp_path: Path) -> None:
+    class CrashError(Exception):
+        pass
+
+    class Cut(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
+            if trainer.current_epoch == 1:
+                raise CrashError
+
+    def fit(root: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> CutPaste:
+        seed_everything(5)
+        model = tiny()
+        engine = tiny_engine(root, max_epochs=2, callbacks=list(callbacks))
+        engine.fit(model, datamodule=few, ckpt_path=ckpt_path)
+        return model
+
+    uncut = fit(tmp_path / "uncut")
+    with pytest.raises(CrashError):
+        fit(tmp_path / "cut", Cut())
+    (last,) = (tmp_path / "cut").rglob("model.ckpt")
+    resumed = fit(tmp_path / "resumed", ckpt_path=last)
+    for name, value in uncut.state_dict().items():
+        assert torch.equal(value.nan_to_num(), resumed.state_dict()[name].nan_to_num()), name
+
+
+# ---- saving, prediction, export --------------------------------------------------------------------------------------
+
+
+def test_checkpoint_scores_the_same_again(trained: Run, few: TextureDemo, tmp_path: Path) -> None:
+    loaded = CutPaste.load_from_checkpoint(trained.checkpoint).eval()
+    images = images_of(few)
+    with torch.no_grad():
+        first, second = (trained.model.eval()(images) for _ in range(2))
+        again = loaded(images)
+    for other in (second, again):
+        assert torch.equal(first.pred_score, other.pred_score)
+        assert torch.equal(first.anomaly_map, other.anomaly_map)
+        assert torch.equal(first.pred_mask, other.pred_mask)
+    path = few.root / "weave/test/hole/000.png"
+    (batch,) = tiny_engine(tmp_path).predict(loaded, data_path=path, ckpt_path=trained.checkpoint)
+    with torch.no_grad():
+        expected = loaded(torch.as_tensor(batch.image))
+    torch.testing.assert_close(batch.pred_score.float(), expected.pred_score, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("run", ["trained", "of_images"], ids=["patches", "images"])
+def test_onnx_and_openvino_score_like_the_model(run: str, few: TextureDemo, tmp_path: Path, request) -> None:
+    onnxruntime, openvino = (pytest.importorskip(name) for name in ("onnxruntime", "openvino"))
+    model = request.getfixturevalue(run).model.eval()
+    path = tiny_engine(tmp_path).export(model, "onnx", export_root=tmp_path)
+    session = onnxruntime.InferenceSession(path)
+    names = [output.name for output in session.get_outputs()]
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images = images_of(few)
+    for batch in (images, images[:1]):
+        with torch.no_grad():
+            expected = model(batch)
+        assert expected.anomaly_map.std() > 0.01
+        of_onnx = dict(zip(names, session.run(names, {"input": batch.numpy()}), strict=True))
+        for got in (of_onnx, compiled(batch.numpy())):
+            np.testing.assert_allclose(got["pred_score"], expected.pred_score, rtol=0, atol=1e-3)
+            np.testing.assert_allclose(got["anomaly_map"], expected.anomaly_map, rtol=0, atol=1e-3)
+
+
+# ---- what it is built with -------------------------------------------------------------------------------------------
+
+
+def test_config_holds_the_defaults(tmp_path: Path) -> None:
+    arguments = ["train", "--config", str(CONFIGS / "cutpaste.yaml"), "--default_root_dir", str(tmp_path)]
+    built = AnomalibCLI(arguments, run=False)
+    assert isinstance(built.model, CutPaste)
+    names = [[metric.name for metric in one.test_metrics] for one in (built.model.evaluator, PaperEvaluator())]
+    assert names[0] == names[1]
+    assert isinstance(built.datamodule, MVTec)
+    given, default = ({**model.hparams, "evaluator": None} for model in (built.model, CutPaste()))
+    assert given == default
+
+
+def test_wrong_components_and_arguments_are_refused() -> None:
+    with pytest.raises(TypeError, match="UnsaturatedPostProcessor"):
+        tiny(post_processor=PostProcessor())
+    with pytest.raises(ValueError, match="images_per_step must be a whole number of at least 1"):
+        tiny(images_per_step=0)
+    with pytest.raises(ValueError, match="at least 64"):
+        tiny(image_size=(32, 64))
+
+
+def test_images_of_another_size_are_refused(of_images: Run) -> None:
+    with pytest.raises(ValueError, match="resize the images"):
+        of_images.model.test_step(ImageBatch(image=torch.rand(1, 3, 64, 128)))
