@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """anomalib's evaluator for scores in float64, and for a validation while training that cannot score all."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from anomalib.data import ImageBatch
@@ -36,6 +37,20 @@ class SelectiveEvaluator(Evaluator):
         super().__init__(compute_on_cpu=evaluator.compute_on_cpu)
         self.val_metrics, self.test_metrics = evaluator.val_metrics, evaluator.test_metrics
         self._lacking: set[str] = set()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take nothing from a checkpoint: metrics begin anew in every run, and that run may have had others.
+
+        Args:
+            state_dict (Mapping): What the checkpoint has of the metrics.
+            strict (bool): Unused.
+            assign (bool): Unused.
+
+        Returns:
+            Any: No missing and no unexpected keys, as ``Module.load_state_dict`` says it.
+        """
+        del state_dict
+        return super().load_state_dict(self.state_dict(), strict, assign)
 
     @property
     def wants_scores(self) -> bool:
