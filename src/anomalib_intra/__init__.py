@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InTra, the Inpainting Transformer for Anomaly Detection (arXiv 2104.13897), and Patch-SVDD as anomalib models."""
+"""InTra, the Inpainting Transformer for Anomaly Detection (arXiv 2104.13897), and models beside it, for anomalib."""
 
 import warnings
 
@@ -16,8 +16,10 @@ from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 from anomalib_intra.one_pass import OnePassInTra, OnePassTransformer
 from anomalib_intra.patch_svdd import PatchSVDD
+from anomalib_intra.riad import RIAD
 
 __all__ = [
+    "RIAD",
     "InTra",
     "InTraPostProcessor",
     "InTraVisualizer",
