@@ -10,7 +10,8 @@ import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
 
-from anomalib_intra import InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
+from anomalib_intra import RIAD, InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
+from anomalib_intra.components.arguments import with_defaults
 
 from .conftest import CONFIGS
 
@@ -49,7 +50,7 @@ def test_our_script_understands_short_names_in_any_order(monkeypatch, capsys) ->
 TRAINING_CONFIGS = sorted(
     path
     for path in CONFIGS.rglob("*.yaml")
-    if path.stem not in ("benchmark", "patch_svdd") and path.parent.stem != "ablations"
+    if path.stem not in ("benchmark", "patch_svdd", "riad") and path.parent.stem != "ablations"
 )
 
 
@@ -78,11 +79,13 @@ def test_the_schedule_of_a_compact_preset_ends_with_its_training(preset: str) ->
     assert settings["lr_scheduler"]["init_args"]["total_steps"] == settings["trainer"]["max_epochs"]
 
 
-def test_patch_svdd_config_holds_the_defaults(tmp_path: Path) -> None:
-    arguments = ["train", "--config", str(CONFIGS / "patch_svdd.yaml"), "--default_root_dir", str(tmp_path)]
+@pytest.mark.parametrize(("config", "kind"), [("patch_svdd", PatchSVDD), ("riad", RIAD)])
+def test_configs_of_rivals_hold_the_defaults(config: str, kind: type[PatchSVDD | RIAD], tmp_path: Path) -> None:
+    arguments = ["train", "--config", str(CONFIGS / f"{config}.yaml"), "--default_root_dir", str(tmp_path)]
     built = AnomalibCLI(arguments, run=False)
-    assert isinstance(built.model, PatchSVDD)
-    assert dict(built.model.hparams) == dict(PatchSVDD().hparams)
+    assert isinstance(built.model, kind)
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in built.model.hparams.items()}
+    assert with_defaults(kind, {**given, "evaluator": True}) == with_defaults(kind, {})
 
 
 def test_there_is_a_config_for_every_category() -> None:

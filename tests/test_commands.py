@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""anomalib's commands with both models, as they are typed, in one process."""
+"""anomalib's commands with the models, as they are typed, in one process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +16,7 @@ pytest.importorskip("openvino")  # without it, `export` has no arguments for it
 MODELS = {
     "InTra": TINY,
     "PatchSVDD": {"image_size": (128, 128), "pairs_per_image": 2, "pair_batch_size": 16},
+    "RIAD": {"image_size": (64, 64), "width": 4},
 }
 METRICS = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"}
 

@@ -16,7 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
-from anomalib_intra import InTra, PatchSVDD, TextureDemo
+from anomalib_intra import RIAD, InTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.exportable_resize import exportable, resize_matrix
 
 from ..conftest import Run, tiny_engine, tiny_intra
@@ -30,6 +30,7 @@ FILES = {
     "good/002": (128, 128, 0), "hole/000": (128, 128, 0), "scratch/000": (900, 900, 30), "good/000": (640, 400, 30),
     "good/001": (300, 1100, 10), "smear/000": (90, 70, 0),
 }  # fmt: skip
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -56,7 +57,7 @@ def read(path: Path) -> np.ndarray:
 
 
 class Trained(NamedTuple):
-    model: InTra | PatchSVDD
+    model: InTra | PatchSVDD | RIAD
     engine: Engine
     files: list[Path]
     expected: Predictions
@@ -81,7 +82,11 @@ def files(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
     return sorted(folder.iterdir())
 
 
-@pytest.fixture(scope="module", params=["trained_intra", "trained_patch_svdd"], ids=["InTra", "PatchSVDD"])
+@pytest.fixture(
+    scope="module",
+    params=["trained_intra", "trained_patch_svdd", "trained_riad"],
+    ids=["InTra", "PatchSVDD", "RIAD"],
+)
 def trained(request: pytest.FixtureRequest, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     run: Run = request.getfixturevalue(request.param)
     root = tmp_path_factory.mktemp("export")
@@ -175,10 +180,10 @@ def assert_only_trained_layers_are_quantized(model: Any, network: torch.nn.Modul
     factors = [
         operation.input_value(1)
         for operation in model.get_ops()
-        if operation.get_type_name() in ("MatMul", "Convolution", "GroupConvolution")
+        if operation.get_type_name() in ("MatMul", "Convolution", "ConvolutionBackpropData", "GroupConvolution")
         and any(value.get_node().get_type_name() == "FakeQuantize" for value in operation.input_values())
     ]
-    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    layers = [layer for layer in network.modules() if isinstance(layer, LAYERS)]
     shapes = [tuple(layer.weight.shape) for layer in layers]
     assert len(factors) == len(layers)
     assert all(tuple(f.get_shape()) in shapes or tuple(f.get_shape())[::-1] in shapes for f in factors)
@@ -233,9 +238,8 @@ def test_int8_weights_are_those_of_trained_layers_and_score_alike(trained: Train
     model = openvino.Core().read_model(trained.openvino)
     model = trained.model._compress_ov_model(model, CompressionType.INT8)
     kinds = [op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"]
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
     # (a weight, and its zero points where they are not all alike)
-    assert kinds.count("u8") >= sum(isinstance(layer, layers) for layer in trained.model.model.modules())
+    assert kinds.count("u8") >= sum(isinstance(layer, LAYERS) for layer in trained.model.model.modules())
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     got = gathered([compiled(read(file)) for file in trained.files])
     np.testing.assert_allclose(got.pred_score, trained.expected.pred_score, rtol=0, atol=0.05)

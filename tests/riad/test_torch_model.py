@@ -39,7 +39,7 @@ def model():
 def test_each_pixel_is_hidden_in_exactly_one_set_together_with_its_cell(model, k):
     seen = []
     with model.unet.register_forward_pre_hook(lambda _, args: seen.extend(args)):
-        model.inpaint(torch.ones(1, 3, *SIZE, dtype=torch.float64), model.sets[model.cell_sizes.index(k)])
+        model.inpaint(torch.ones(1, 3, *SIZE, dtype=torch.float64), model.sets[model.cell_sizes.index(k)][None])
     hidden = torch.cat(seen) == 0
     assert hidden.shape == (3, 3, *SIZE)
     assert torch.equal(hidden.sum(dim=0), torch.ones(3, *SIZE, dtype=torch.long))
@@ -80,6 +80,7 @@ def test_inpainting_is_that_of_the_loops(model):
         expected = reference_inpainting(model, image[1].numpy(), sets)
         np.testing.assert_allclose(inpainted[1, number].detach().numpy(), expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(model.reconstruct(image), inpainted.mean(dim=1))
+    torch.testing.assert_close(model.inpaint(image, model.sets), inpainted)  # as an exported model does it
     assert inpainted.min() > 0
     assert inpainted.max() < 1
 
@@ -87,9 +88,9 @@ def test_inpainting_is_that_of_the_loops(model):
 @pytest.mark.parametrize("number", range(4))
 def test_what_is_hidden_changes_nothing_of_what_is_painted_in_its_place(model, number):
     image, sets = rand(1, 3, *SIZE, seed=5), model.sets[number]
-    before = model.inpaint(image, sets)
+    before = model.inpaint(image, sets[None])
     for hidden in range(3):
-        after = model.inpaint(torch.where(sets == hidden, 1 - image, image), sets)
+        after = model.inpaint(torch.where(sets == hidden, 1 - image, image), sets[None])
         assert torch.equal(before[..., sets == hidden], after[..., sets == hidden])
         assert not torch.equal(before[..., sets != hidden], after[..., sets != hidden])
 
@@ -153,7 +154,7 @@ def test_gradients_are_finite_on_flat_images_and_for_flat_reconstructions(model)
         RIADLoss()(images, painted).backward()
         assert painted.grad.isfinite().all()
         training = copy.deepcopy(model).train()
-        loss = RIADLoss()(images, training.inpaint(images, training.sets[0]))
+        loss = RIADLoss()(images, training.inpaint(images, training.sets[:1])[:, 0])
         loss.backward()
         assert loss.isfinite()
         assert all(weight.grad.isfinite().all() for weight in training.parameters())

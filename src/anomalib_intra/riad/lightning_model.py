@@ -125,6 +125,11 @@ class RIAD(ReconstructionModule):
         """Whole images, each once in an epoch."""
         return Sampling(partial(sample_images, augment=False), 1, self.images_per_step)
 
+    @property
+    def evaluated_at_once(self) -> int:
+        """As many images as a training step has."""
+        return self.images_per_step
+
     def loss_of(self, batch: ImageSamples) -> torch.Tensor:
         """Inpaint images with cells of one size, drawn for this step as the sets are, and compare.
 
@@ -137,7 +142,7 @@ class RIAD(ReconstructionModule):
         images = cut_images(batch)
         cell_size = self.model.cell_sizes[int(torch.randint(len(self.model.cell_sizes), ()))]
         sets = draw_sets(self.image_size, cell_size).to(images.device)
-        loss: torch.Tensor = self.loss(images, self.model.inpaint(images, sets))
+        loss: torch.Tensor = self.loss(images, self.model.inpaint(images, sets[None])[:, 0])
         return loss
 
     def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:

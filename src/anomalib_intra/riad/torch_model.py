@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from einops import rearrange
 from torch import nn
 from torchvision.ops import Conv2dNormActivation
 
@@ -139,7 +140,10 @@ class RIADModel(nn.Module):
         """
         images = as_colour(images)
         self._check(images)
-        return Inpainting(images, torch.stack([self.inpaint(images, sets) for sets in self.sets], dim=1))
+        # One cell size after the other takes less memory, but a graph would hold the U-Net once for each.
+        at_once = len(self.sets) if torch.compiler.is_compiling() else 1
+        inpainted = [self.inpaint(images, sets) for sets in self.sets.split(at_once)]
+        return Inpainting(images, torch.cat(inpainted, dim=1))
 
     def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
         """Give the mean of what was inpainted with cells of all sizes.
@@ -153,21 +157,22 @@ class RIADModel(nn.Module):
         return self(images).inpainted.mean(dim=1)
 
     def inpaint(self, images: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
-        """Hide each set of cells in turn, and put together what is painted there.
+        """Hide one set of cells in each of three copies of an image, and put together what is painted there.
 
         Args:
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
-            sets (torch.Tensor): Number of each pixel's set, as :func:`draw_sets` gives it, shape ``(H, W)``.
+            sets (torch.Tensor): R times the number of each pixel's set, as :func:`draw_sets` gives it, shape
+                ``(R, H, W)``.
 
         Returns:
-            torch.Tensor: Inpainted images in [0, 1], shape ``(B, 3, H, W)``.
+            torch.Tensor: Inpainted images in [0, 1], shape ``(B, R, 3, H, W)``.
         """
-        inpainted = torch.zeros_like(images)
-        # One after the other: all at once would take three times the memory.
-        for number in range(SETS):
-            hidden = sets == number
-            inpainted = torch.where(hidden, self.unet(images.masked_fill(hidden, 0)), inpainted)
-        return inpainted
+        numbers = torch.arange(SETS, device=sets.device)
+        hidden = rearrange(sets, "r h w -> r 1 1 h w") == rearrange(numbers, "s -> s 1 1 1")
+        seen = rearrange(images, "b c h w -> b 1 1 c h w") * ~hidden
+        painted = self.unet(rearrange(seen, "b r s c h w -> (b r s) c h w"))
+        painted = rearrange(painted, "(b r s) c h w -> b r s c h w", r=len(sets), s=SETS)
+        return (painted * hidden).sum(dim=2)
 
     def _check(self, images: torch.Tensor) -> None:
         height, width = images.shape[-2:]
