@@ -13,7 +13,7 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 
-from anomalib_intra import InTra, OnePassInTra, PatchSVDD, TextureDemo
+from anomalib_intra import RIAD, InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction import Comparison
 
@@ -111,10 +111,14 @@ def tiny_patch_svdd(**kwargs: object) -> PatchSVDD:
     return PatchSVDD(**{"image_size": (128, 128), "pairs_per_image": 2, "pair_batch_size": 16, **kwargs})
 
 
+def tiny_riad(**kwargs: object) -> RIAD:
+    return RIAD(**{"image_size": (64, 64), "cell_sizes": (4, 16), "width": 4, "learning_rate": 3e-3, **kwargs})
+
+
 class Run(NamedTuple):
     """A training and a test that are over; who changes the model takes a copy or loads the checkpoint."""
 
-    model: InTra | OnePassInTra | PatchSVDD
+    model: InTra | OnePassInTra | PatchSVDD | RIAD
     folder: Path
     metrics: dict[str, float]
 
@@ -123,7 +127,7 @@ class Run(NamedTuple):
         return self.folder / "weights/lightning/model.ckpt"
 
 
-def train_and_test(model: InTra | OnePassInTra | PatchSVDD, root: Path, data_root: Path, max_epochs: int) -> Run:
+def train_and_test(model: InTra | OnePassInTra | PatchSVDD | RIAD, root: Path, data_root: Path, max_epochs: int) -> Run:
     engine = tiny_engine(root, max_epochs=max_epochs)
     (metrics,) = engine.train(model, datamodule=TextureDemo(data_root, num_workers=0))
     return Run(model, Path(engine.trainer.default_root_dir), metrics)
@@ -150,6 +154,13 @@ def trained_patch_svdd(few_root: Path, tmp_path_factory: pytest.TempPathFactory)
     return train_and_test(
         tiny_patch_svdd(visualizer=False), tmp_path_factory.mktemp("patch_svdd"), few_root, max_epochs=1
     )
+
+
+@pytest.fixture(scope="session")
+def trained_riad(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A tiny RIAD, trained for a few epochs on a few images and tested, with pictures and report."""
+    seed_everything(0)
+    return train_and_test(tiny_riad(), tmp_path_factory.mktemp("riad"), few_root, max_epochs=12)
 
 
 class InThisProcess:

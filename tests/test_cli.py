@@ -9,8 +9,11 @@ import pytest
 import torch
 import yaml
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import Folder
+from anomalib.data.utils import ValSplitMode
 
-from anomalib_intra import InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
+from anomalib_intra import RIAD, CutPaste, InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
+from anomalib_intra.components.arguments import with_defaults
 
 from .conftest import CONFIGS
 
@@ -50,7 +53,7 @@ def test_our_script_understands_short_names_in_any_order(model: str, monkeypatch
 TRAINING_CONFIGS = sorted(
     path
     for path in CONFIGS.rglob("*.yaml")
-    if path.stem not in ("benchmark", "patch_svdd", "cutpaste") and path.parent.stem != "ablations"
+    if path.stem not in ("benchmark", "patch_svdd", "riad", "cutpaste") and path.parent.stem != "ablations"
 )
 
 
@@ -60,11 +63,15 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
         built = AnomalibCLI(
             ["train", "--config", str(config), "--default_root_dir", str(tmp_path), "--model.depth", "1"], run=False
         )
-    assert isinstance(built.model, OnePassInTra if config.stem in ("one_pass", "quickstart") else InTra)
+    assert isinstance(built.model, OnePassInTra if config.stem in ("one_pass", "own_images", "quickstart") else InTra)
     names = [metric.name for metric in built.model.evaluator.test_metrics]
     assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO", "good_PSNR"} == set(names)
     if config.stem == "quickstart":
         assert isinstance(built.datamodule, TextureDemo)
+        return
+    if config.stem == "own_images":
+        assert isinstance(built.datamodule, Folder)
+        assert built.datamodule.val_split_mode == ValSplitMode.FROM_TRAIN
         return
     assert isinstance(built.datamodule, MVTec)
     category = config.stem if config.parent.stem == "mvtec" else "bottle"
@@ -73,11 +80,15 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     assert built.model.post_processor.original_size == (config.stem != "one_pass")
 
 
-def test_patch_svdd_config_holds_the_defaults(tmp_path: Path) -> None:
-    arguments = ["train", "--config", str(CONFIGS / "patch_svdd.yaml"), "--default_root_dir", str(tmp_path)]
+@pytest.mark.parametrize(("config", "kind"), [("patch_svdd", PatchSVDD), ("riad", RIAD), ("cutpaste", CutPaste)])
+def test_configs_of_rivals_hold_the_defaults(
+    config: str, kind: type[PatchSVDD | RIAD | CutPaste], tmp_path: Path
+) -> None:
+    arguments = ["train", "--config", str(CONFIGS / f"{config}.yaml"), "--default_root_dir", str(tmp_path)]
     built = AnomalibCLI(arguments, run=False)
-    assert isinstance(built.model, PatchSVDD)
-    assert dict(built.model.hparams) == dict(PatchSVDD().hparams)
+    assert isinstance(built.model, kind)
+    given = {name: tuple(x) if isinstance(x, list) else x for name, x in built.model.hparams.items()}
+    assert with_defaults(kind, {**given, "evaluator": True}) == with_defaults(kind, {})
 
 
 def test_there_is_a_config_for_every_category() -> None:

@@ -18,6 +18,7 @@ MODELS = {
     "OnePassInTra": {**TINY_ONE_PASS, "minutes": "null"},
     "PatchSVDD": {"image_size": (128, 128), "pairs_per_image": 2, "pair_batch_size": 16},
     "CutPaste": {"image_size": (64, 64), "samples_per_image": 1, "images_per_step": 6},
+    "RIAD": {"image_size": (64, 64), "width": 4},
 }
 METRICS = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score"}
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"experiments"},
     {"benchmark"},
     {"yardsticks"},
-    {"intra", "one_pass", "patch_svdd", "cutpaste", "metrics"},
+    {"intra", "one_pass", "patch_svdd", "riad", "cutpaste", "metrics"},
     {"components"},
     {"training", "data", "report"},
 ]
@@ -41,6 +41,10 @@ PURE_TORCH = [
     "intra/second_pass",
     "intra/torch_model",
     "patch_svdd/loss",
+    "riad/loss",
+    "riad/masks",
+    "riad/msgms",
+    "riad/torch_model",
 ]
 
 
@@ -112,7 +116,7 @@ def test_pure_torch_runs_where_neither_lightning_nor_anomalib_can_be_imported() 
 import sys, types, importlib
 for name in ("anomalib", "lightning", "pytorch_lightning"):
     sys.modules[name] = None
-for wing in ("", ".components", ".cutpaste", ".data", ".intra", ".patch_svdd"):
+for wing in ("", ".components", ".cutpaste", ".data", ".intra", ".patch_svdd", ".riad"):
     package = types.ModuleType("anomalib_intra" + wing)
     package.__path__ = [{str(PACKAGE)!r} + wing.replace(".", "/")]
     sys.modules["anomalib_intra" + wing] = package

@@ -17,8 +17,10 @@ from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 from anomalib_intra.one_pass import OnePassInTra, OnePassTransformer
 from anomalib_intra.patch_svdd import PatchSVDD
+from anomalib_intra.riad import RIAD
 
 __all__ = [
+    "RIAD",
     "CutPaste",
     "InTra",
     "InTraPostProcessor",

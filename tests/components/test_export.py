@@ -16,7 +16,7 @@ from anomalib.pre_processing import PreProcessor
 from PIL import Image
 from torchvision.transforms.v2 import CenterCrop, Compose, InterpolationMode, Resize, Transform
 
-from anomalib_intra import InTra, OnePassInTra, PatchSVDD, TextureDemo
+from anomalib_intra import RIAD, InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.exportable_resize import exportable, resize_matrix
 from anomalib_intra.one_pass import OnePassTransformer
 
@@ -31,6 +31,7 @@ FILES = {
     "good/002": (128, 128, 0), "hole/000": (128, 128, 0), "scratch/000": (900, 900, 30), "good/000": (640, 400, 30),
     "good/001": (300, 1100, 10), "smear/000": (90, 70, 0),
 }  # fmt: skip
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
 TOLERANCE = {"rtol": 0, "atol": 1e-5}
 
 
@@ -57,7 +58,7 @@ def read(path: Path) -> np.ndarray:
 
 
 class Trained(NamedTuple):
-    model: InTra | OnePassInTra | PatchSVDD
+    model: InTra | OnePassInTra | PatchSVDD | RIAD
     engine: Engine
     files: list[Path]
     expected: Predictions
@@ -84,8 +85,8 @@ def files(demo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Pat
 
 @pytest.fixture(
     scope="module",
-    params=["trained_intra", "trained_one_pass", "trained_patch_svdd"],
-    ids=["InTra", "OnePassInTra", "PatchSVDD"],
+    params=["trained_intra", "trained_one_pass", "trained_patch_svdd", "trained_riad"],
+    ids=["InTra", "OnePassInTra", "PatchSVDD", "RIAD"],
 )
 def trained(request: pytest.FixtureRequest, files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Trained:
     run: Run = request.getfixturevalue(request.param)
@@ -180,10 +181,10 @@ def assert_only_trained_layers_are_quantized(model: Any, network: torch.nn.Modul
     factors = [
         operation.input_value(1)
         for operation in model.get_ops()
-        if operation.get_type_name() in ("MatMul", "Convolution", "GroupConvolution")
+        if operation.get_type_name() in ("MatMul", "Convolution", "ConvolutionBackpropData", "GroupConvolution")
         and any(value.get_node().get_type_name() == "FakeQuantize" for value in operation.input_values())
     ]
-    layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d)]
+    layers = [layer for layer in network.modules() if isinstance(layer, LAYERS)]
     if isinstance(network, OnePassTransformer):
         # No image has a part in the first queries; what is the same for all images is not quantized.
         layers.remove(network.blocks[0].attention.query)
@@ -241,9 +242,8 @@ def test_int8_weights_are_those_of_trained_layers_and_score_alike(trained: Train
     model = openvino.Core().read_model(trained.openvino)
     model = trained.model._compress_ov_model(model, CompressionType.INT8)
     kinds = [op.get_element_type().get_type_name() for op in model.get_ops() if op.get_type_name() == "Constant"]
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
     # (a weight, and its zero points where they are not all alike)
-    assert kinds.count("u8") >= sum(isinstance(layer, layers) for layer in trained.model.model.modules())
+    assert kinds.count("u8") >= sum(isinstance(layer, LAYERS) for layer in trained.model.model.modules())
     compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     got = gathered([compiled(read(file)) for file in trained.files])
     np.testing.assert_allclose(got.pred_score, trained.expected.pred_score, rtol=0, atol=0.05)

@@ -115,7 +115,7 @@ def test_deviations_other_than_the_papers() -> None:
     images, reconstructions = torch.rand(2, 3, 3, 32, 48, generator=rng)
     mean, std = torch.rand(2, 1, 1, 32, 48, generator=rng) / 2
     maps = {}
-    for deviation in ("squared", "positive", "scaled"):
+    for deviation in ("squared", "positive", "scaled", "raw"):
         post_processor = InTraPostProcessor(enable_normalization=False, deviation=deviation)
         post_processor.set_training_mean(mean, std)
         maps[deviation] = post_processor.raw_anomaly_map(difference_map(images, reconstructions))
@@ -125,6 +125,7 @@ def test_deviations_other_than_the_papers() -> None:
     assert torch.equal(maps["positive"], torch.where(less, 0, maps["squared"]))
     expected = maps["squared"] * (2 * std.mean() / (std + std.mean())) ** 2
     torch.testing.assert_close(maps["scaled"], expected)
+    assert torch.equal(maps["raw"], difference_map(images, reconstructions))
 
 
 @pytest.mark.parametrize("wrong", [{"colour_weight": 1.5}, {"colour_weight": -0.1}, {"deviation": "signed"}])

@@ -10,7 +10,7 @@ from torch.nn.functional import interpolate, softplus
 from anomalib_intra.components.similarity import colour_difference, gms_difference
 
 #: How a difference map is compared with those of the training images: see :func:`anomaly_map`.
-Deviation: TypeAlias = Literal["squared", "positive", "scaled", "half"]
+Deviation: TypeAlias = Literal["squared", "positive", "scaled", "half", "raw"]
 
 #: Kernel sizes of averaging and Gaussian blur at half and quarter scale for an image size of 512 (sec. 4.1).
 _KERNELS_AT_512 = (21, 11)
@@ -61,7 +61,7 @@ def anomaly_map(
         deviation (str): ``"squared"`` is eq. 17; ``"positive"`` counts only what differs more than in the training
             images; ``"scaled"`` divides by the standard deviation, drawn half way towards its mean over all pixels;
             ``"half"`` is for maps of logits, which may be negative: it takes off half the mean and makes the rest
-            positive by a softplus.
+            positive by a softplus; ``"raw"`` takes the difference maps as they are.
 
     Returns:
         torch.Tensor: Anomaly maps, shape ``(B, 1, H, W)``; in [0, 1] but for ``"scaled"`` and ``"half"``.
@@ -70,6 +70,8 @@ def anomaly_map(
         >>> anomaly_map(torch.full((1, 1, 2, 2), 0.5), torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)).unique()
         tensor([0.2500])
     """
+    if deviation == "raw":
+        return differences
     if deviation == "half":
         return softplus(differences - mean / 2)
     difference = differences - mean

@@ -123,13 +123,25 @@ def _without_trained_weights(model: "ov.Model", network: torch.nn.Module) -> lis
     weights = [weight.detach().cpu().numpy() for weight in network.parameters()]
 
     def is_trained(operation: "ov.Node") -> bool:
-        if operation.get_type_name() not in ("MatMul", "Convolution"):
+        if operation.get_type_name() not in ("MatMul", "Convolution", "ConvolutionBackpropData"):
             return False
         factor = operation.input_value(1).get_node()
         # Converting renames constants and transposes them.
         return factor.get_type_name() == "Constant" and any(
-            np.array_equal(factor.data, weight) or np.array_equal(factor.data, weight.T) for weight in weights
+            np.array_equal(factor.data, weight)
+            or np.array_equal(factor.data, weight.T)
+            or _is_scaled(factor.data, weight)
+            for weight in weights
         )
 
     operations = [operation for operation in model.get_ops() if operation.get_type_name() != "Constant"]
     return [operation.get_friendly_name() for operation in operations if not is_trained(operation)]
+
+
+def _is_scaled(factor: np.ndarray, weight: np.ndarray) -> bool:
+    """Tell whether a factor is a convolution's weight times a number for each channel: a batch norm was put into it."""
+    if factor.shape != weight.shape or factor.ndim != 4:
+        return False
+    of_channels, others = factor.reshape(len(factor), -1), weight.reshape(len(weight), -1)
+    scale = (of_channels * others).sum(axis=1, keepdims=True) / (others**2).sum(axis=1, keepdims=True).clip(min=1e-30)
+    return np.allclose(of_channels, scale * others, rtol=1e-3, atol=1e-6)

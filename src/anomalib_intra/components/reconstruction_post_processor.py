@@ -50,7 +50,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         deviation (str | None): ``"squared"`` deviation from the training mean (eq. 17), the default; ``"positive"``
             counts only what differs more than in the training images; ``"scaled"`` divides it by the standard deviation
             over the training images, drawn half way towards its mean over all pixels; ``"half"`` is for models whose
-            difference maps are logits.
+            difference maps are logits; ``"raw"`` takes no mean off, for models that have none.
 
     Raises:
         ValueError: If a setting has no such value.

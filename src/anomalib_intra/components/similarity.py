@@ -79,25 +79,26 @@ def gms_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> torch
         return 1 - similarity.mean(dim=1, keepdim=True)
 
 
-def ssim_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
+def ssim_difference(images: torch.Tensor, reconstructions: torch.Tensor, window: int = SSIM_WINDOW) -> torch.Tensor:
     """Difference map d_s: one minus the structural similarity, mean over channels (sec. 3.4).
 
-    The Gaussian window is 5 x 5 pixels (sigma 1.5) and the map holds only the pixels whose window lies inside the
-    patch: the usual 11 x 11 window would touch padding on 86 % of a 16 x 16 patch.
+    The window is Gaussian (sigma 1.5), by default of 5 x 5 pixels, and the map holds only the pixels whose window lies
+    inside the patch: the usual 11 x 11 window would touch padding on 86 % of a 16 x 16 patch.
 
     Args:
-        images (torch.Tensor): Images in [0, 1], shape ``(B, C, H, W)``, sides of at least 5 pixels.
+        images (torch.Tensor): Images in [0, 1], shape ``(B, C, H, W)``, sides of at least ``window`` pixels.
         reconstructions (torch.Tensor): Reconstructions, shape ``(B, C, H, W)``.
+        window (int): Side of the window in pixels, an odd number.
 
     Returns:
-        torch.Tensor: Differences in [0, 2], shape ``(B, 1, H - 4, W - 4)``.
+        torch.Tensor: Differences in [0, 2], shape ``(B, 1, H - window + 1, W - window + 1)``.
 
     Example:
         >>> ssim_difference(torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)).shape
         torch.Size([2, 1, 12, 12])
     """
     with torch.autocast(images.device.type, enabled=False):
-        similarity = ssim(_wide(images), _wide(reconstructions), SSIM_WINDOW, padding="valid")
+        similarity = ssim(_wide(images), _wide(reconstructions), window, padding="valid")
         return 1 - similarity.mean(dim=1, keepdim=True)
 
 

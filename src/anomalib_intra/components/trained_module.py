@@ -2,6 +2,7 @@
 """How the models of this package are trained: on samples of normal images, and calibrated when that ends."""
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,6 +212,20 @@ class TrainedModule(CalibratedModule):
         """Take other samples than in the epoch before."""
         assert self._loader is not None
         self._loader.epoch = self.current_epoch
+
+    @property
+    def share_trained(self) -> float:
+        """Share of the trainer's epochs or steps that is done, whichever is more, in [0, 1]; 0 where neither ends."""
+        trainer = trainer_of(self)
+        if trainer is None:
+            return 0.0
+        shares = [0.0]
+        if trainer.max_steps > 0:
+            shares.append(trainer.global_step / trainer.max_steps)
+        if self._loader is not None and (epochs := trainer.max_epochs or -1) > 0:
+            steps = math.ceil(len(self._loader) / trainer.accumulate_grad_batches)
+            shares.append(trainer.global_step / (epochs * steps))
+        return min(1.0, max(shares))
 
     def log_train_loss(self, loss: torch.Tensor, count: int) -> None:
         """Log the loss of a step, and show it.

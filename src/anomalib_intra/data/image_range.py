@@ -2,6 +2,29 @@
 """What images the models take."""
 
 import torch
+from einops import repeat
+
+
+def as_colour(images: torch.Tensor) -> torch.Tensor:
+    """Take one channel as three equal ones.
+
+    Args:
+        images (torch.Tensor): Images of shape ``(B, 3, H, W)`` or ``(B, 1, H, W)``.
+
+    Returns:
+        torch.Tensor: Images of shape ``(B, 3, H, W)``.
+
+    Raises:
+        ValueError: If they have another shape.
+
+    Example:
+        >>> as_colour(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 3, 8, 8])
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        msg = f"Expected images of shape (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}."
+        raise ValueError(msg)
+    return images if images.shape[1] == 3 else repeat(images, "b 1 h w -> b c h w", c=3)
 
 
 def check_range(images: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from anomalib_intra.components.arguments import check_counts
 from anomalib_intra.components.reconstruction import Reconstruction
-from anomalib_intra.data.image_range import check_range
+from anomalib_intra.data.image_range import as_colour, check_range
 from anomalib_intra.intra.attention import MultiheadFeatureSelfAttention, MultiheadSelfAttention
 from anomalib_intra.intra.grid import (
     check_image_size,
@@ -149,7 +149,7 @@ class InpaintingTransformer(nn.Module):
         Returns:
             Reconstruction: Images and reconstructions, ``(B, 3, H, W)`` each.
         """
-        images = self._as_colour(images)
+        images = as_colour(images)
         return Reconstruction(images, self.reconstruct(images))
 
     def reconstruct(self, images: torch.Tensor, window_batch_size: int = 64) -> torch.Tensor:
@@ -168,7 +168,7 @@ class InpaintingTransformer(nn.Module):
             ValueError: If the images are not a batch of one or three channels, of a size that does not work, or hold
                 values that are not finite or not in [0, 1].
         """
-        images = self._as_colour(images)
+        images = as_colour(images)
         self._check(images)
         patches = patchify(images, self.patch_size)
         batch, rows, columns, _ = patches.shape
@@ -227,13 +227,6 @@ class InpaintingTransformer(nn.Module):
         is_hidden = torch.arange(tokens.shape[1], device=tokens.device) == rearrange(place, "b -> b 1")
         tokens = torch.where(is_hidden[..., None], self.inpaint_embedding.to(tokens.dtype), tokens)
         return tokens + self.position_embedding[rearrange(position, "b i j -> b (i j)") - 1]
-
-    @staticmethod
-    def _as_colour(images: torch.Tensor) -> torch.Tensor:
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
-            msg = f"Expected images of shape (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}."
-            raise ValueError(msg)
-        return images if images.shape[1] == 3 else repeat(images, "b 1 h w -> b c h w", c=3)
 
     def _check(self, images: torch.Tensor) -> None:
         height, width = images.shape[-2:]

@@ -31,7 +31,6 @@ from anomalib_intra.one_pass.loss import PaintingLoss
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
 from anomalib_intra.training.command_line import as_commanded
-from anomalib_intra.training.internals import trainer_of
 
 #: Weight of eq. 16 beside the learned comparison, whose values are logits.
 _GMS_WEIGHT = 5.0
@@ -181,15 +180,8 @@ class OnePassInTra(ReconstructionModule):
     @property
     def progress(self) -> float:
         """Share of the training that is done, in [0, 1]: of the minutes or of the steps, whichever is more."""
-        shares = [0.0]
-        if self.minutes is not None:
-            shares.append(self._seconds / (60 * self.minutes))
-        trainer = trainer_of(self)
-        if trainer is not None and trainer.max_steps > 0:
-            shares.append(trainer.global_step / trainer.max_steps)
-        if trainer is not None and self._loader is not None and (epochs := trainer.max_epochs or -1) > 0:
-            shares.append(trainer.global_step / (epochs * len(self._loader)))
-        return min(1.0, max(shares))
+        of_minutes = 0.0 if self.minutes is None else self._seconds / (60 * self.minutes)
+        return min(1.0, max(of_minutes, self.share_trained))
 
     def get_ready(self) -> None:
         """Compute mean and standard deviation of each channel, by which images are normalised."""

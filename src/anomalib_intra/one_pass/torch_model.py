@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import pad
 
 from anomalib_intra.components.arguments import check_counts
-from anomalib_intra.data.image_range import check_range
+from anomalib_intra.data.image_range import as_colour, check_range
 from anomalib_intra.one_pass.attention import BlockGrid, CrossAttention, ring_bias
 from anomalib_intra.one_pass.comparison import ComparisonHead
 
@@ -228,7 +228,7 @@ class OnePassTransformer(nn.Module):
         if not set(radii) <= set(self.radii):
             msg = f"This model knows holes of the radii {self.radii}, got {radii}: build it with these among radii."
             raise ValueError(msg)
-        images = _as_colour(images)
+        images = as_colour(images)
         self._check(images)
         mean, std = (rearrange(x, "c -> c 1 1") for x in (self.channel_mean, self.channel_std))
         normalised = (images - mean) / std
@@ -301,13 +301,6 @@ class OnePassTransformer(nn.Module):
             raise ValueError(msg)
         if not torch.compiler.is_compiling():
             check_range(images)
-
-
-def _as_colour(images: torch.Tensor) -> torch.Tensor:
-    if images.ndim != 4 or images.shape[1] not in (1, 3):
-        msg = f"Expected images of shape (B, 3, H, W) or (B, 1, H, W), got {tuple(images.shape)}."
-        raise ValueError(msg)
-    return images if images.shape[1] == 3 else repeat(images, "b 1 h w -> b c h w", c=3)
 
 
 def _check_image_size(height: int, width: int, patch_size: int, largest_radius: int) -> None:
