@@ -31,7 +31,6 @@ from anomalib_intra.cutpaste.torch_model import CutPasteModel, check_sizes
 from anomalib_intra.data.images import ImageSamples, sample_images
 from anomalib_intra.data.samples import as_fractions
 from anomalib_intra.training.command_line import as_commanded
-from anomalib_intra.training.internals import trainer_of
 
 
 class CutPaste(TrainedModule):
@@ -115,7 +114,7 @@ class CutPaste(TrainedModule):
             OptimizerLRScheduler: The optimizer and its schedule.
         """
         optimizer = torch.optim.SGD(self.parameters(), lr=self.learning_rate, momentum=0.9, weight_decay=3e-5)
-        cosine = LambdaLR(optimizer, lambda _: (1 + math.cos(math.pi * self.progress)) / 2)
+        cosine = LambdaLR(optimizer, lambda _: (1 + math.cos(math.pi * self.share_trained)) / 2)
         return as_commanded(self, optimizer, cosine)
 
     def reset_parameters(self) -> None:
@@ -128,17 +127,6 @@ class CutPaste(TrainedModule):
     def sampling(self) -> Sampling:
         """Whole images."""
         return Sampling(partial(sample_images, augment=False), self.samples_per_image, self.images_per_step)
-
-    @property
-    def progress(self) -> float:
-        """Share of the trainer's steps or epochs that is done, in [0, 1]; 0 where it has no limit."""
-        shares = [0.0]
-        trainer = trainer_of(self)
-        if trainer is not None and trainer.max_steps > 0:
-            shares.append(trainer.global_step / trainer.max_steps)
-        if trainer is not None and self._loader is not None and (epochs := trainer.max_epochs or -1) > 0:
-            shares.append(trainer.global_step / (epochs * len(self._loader)))
-        return min(1.0, max(shares))
 
     def training_step(self, batch: ImageSamples, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         """Tell the three forms of images apart.
