@@ -103,7 +103,7 @@ def test_train_and_look_beats_the_yardsticks(tmp_path: Path) -> None:
     found = run("01_train_and_look", tmp_path, table="table.to_dict()", same="same", report="report.is_file()")
     for metric in ("image_AUROC", "pixel_AUROC", "PSNR"):
         values = found["table"][metric]
-        assert values.pop("InTra") > max(values.values())
+        assert values.pop("OnePassInTra") > max(values.values())
     assert found["same"]
     assert found["report"]
 
@@ -133,7 +133,7 @@ def test_benchmark_sets_models_side_by_side_and_goes_on(tmp_path: Path) -> None:
     found = run("03_benchmark", tmp_path, rows="rows.to_dict('records')", again="again.equals(rows)", page="page")
     assert [row["error"] for row in found["rows"]] == [""] * 4
     scores = {(row["model"], row["category"].split()[-1]): row["image_AUROC"] for row in found["rows"]}
-    assert scores["InTra", "weave"] > scores["flat image", "weave"]
+    assert scores["OnePassInTra", "weave"] > scores["flat image", "weave"]
     assert found["again"]
     assert "Missing runs" not in found["page"]
 
