@@ -54,7 +54,7 @@ def slider(page: Page, name: str = "threshold") -> dict[str, str | None]:
     return next(attributes for tag, attributes in page.elements if tag == "input" and attributes["id"] == name)
 
 
-def rendered(*images: Scored, threshold: float | None = 0.5, cases: int = 1000) -> Page:
+def rendered(*images: Scored, threshold: float | None = 0.5, cases: int = 500) -> Page:
     record = PredictionRecord(cases)
     for image in images:
         record.add(image, lambda: draw_thumbnails(ImageItem(image=torch.rand(3, 8, 8))))

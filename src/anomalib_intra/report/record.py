@@ -213,7 +213,7 @@ class PredictionRecord(TestRecord):
         [(0.3, {'Image': 'a picture'}), (0.2, {}), (0.1, {})]
     """
 
-    cases: int = 1000
+    cases: int = 500
 
     def _ranks(self, image: Scored) -> dict[tuple[bool | None, bool], float]:
         return {(None, True): _suspicion(image)}
