@@ -14,6 +14,8 @@ from anomalib.data import ImageItem
 from PIL import Image
 
 from anomalib_intra import CutPaste, InTraPostProcessor, TextureDemo
+from anomalib_intra.components.batch import InTraBatch
+from anomalib_intra.report import RunReport
 from anomalib_intra.report.page import render_predictions
 from anomalib_intra.report.panels import draw_thumbnails
 from anomalib_intra.report.record import PredictionRecord, Scored
@@ -237,3 +239,11 @@ def test_in_a_browser_the_counts_and_marks_follow_the_slider(tmp_path: Path) -> 
     maps = [image for image in page.images() if image["alt"].startswith("Anomaly map")]
     assert [image["src"] for image in over] == [image["src"] for image in maps]
     assert len(over) == 5
+
+
+def test_scores_that_float32_would_tie_keep_their_order(trained_intra: Run) -> None:
+    batch = InTraBatch(image=torch.rand(2, 3, 8, 8), anomaly_map=torch.rand(2, 8, 8), image_path=["a/1.png", "a/2.png"])
+    batch.pred_score = torch.tensor([0.5, 0.5 + 1e-12], dtype=torch.float64)
+    report = RunReport()
+    report.on_test_batch_end(None, trained_intra.model, batch, batch, 0)
+    assert [image.score for image in report._record.images] == [0.5, 0.5 + 1e-12]
