@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a report beside the pictures of every test."""
+"""Writes a report beside the pictures of every test and every prediction."""
 
 import logging
 import re
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,10 @@ from anomalib.data import ImageBatch
 from anomalib.loggers.base import ImageLoggerBase
 from lightning.pytorch import Callback, Trainer
 
-from anomalib_intra.report.page import render
-from anomalib_intra.report.panels import draw_panels, side_by_side
+from anomalib_intra.report.page import is_of_predictions, render, render_predictions
+from anomalib_intra.report.panels import draw_panels, draw_thumbnails, side_by_side
 from anomalib_intra.report.plots import training_curves
-from anomalib_intra.report.record import CaseList, Scored, TestRecord
+from anomalib_intra.report.record import CaseList, PredictionRecord, Scored, TestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ class RunReport(Callback):
     threshold, a table of the kinds of defects, and the most wrongly and the most clearly scored images. The pictures
     of these also go to the loggers of the run that take images (anomalib's for TensorBoard, Weights & Biases, MLflow
     and Comet).
+
+    A prediction gets a ``report.html`` too: all images, the most suspicious first, with a threshold that can be moved.
+    Where the folder already has the report of a test, it is called ``predictions.html``.
 
     Every model of this package has one, unless its ``visualizer`` is False.
 
@@ -42,7 +46,7 @@ class RunReport(Callback):
 
     def __init__(self, cases: int = 4) -> None:
         self.cases = cases
-        self._record = TestRecord(cases)
+        self._record: TestRecord = TestRecord(cases)
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Draw the training curves."""
@@ -60,32 +64,35 @@ class RunReport(Callback):
     ) -> None:
         """Take down the scores of a batch."""
         del trainer, outputs, batch_idx, dataloader_idx
+        self._take_down(pl_module, batch, draw_panels)
+
+    def _take_down(self, pl_module: Any, batch: ImageBatch, draw: Callable[..., dict[str, Any]]) -> None:
         post_processor = pl_module.post_processor
         decides = post_processor.decision_threshold is not None
-        for item in batch:
+        # An item has its score in float32, which may lie on the other side of the threshold.
+        scores = torch.as_tensor(batch.pred_score).flatten().tolist()
+        for item, score in zip(batch, scores, strict=True):
             image = Scored(
                 path=item.image_path or f"image {len(self._record.images)}",
-                score=torch.as_tensor(item.pred_score).item(),
+                score=score,
                 anomalous=_known(item.gt_label),
                 called_anomalous=_known(item.pred_label) if decides else None,
             )
-            self._record.add(image, partial(draw_panels, item, scale=post_processor.display_scale))
+            self._record.add(image, partial(draw, item, scale=post_processor.display_scale))
 
     def on_test_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the report, and give the loggers its pictures."""
-        record = self._record if trainer.world_size == 1 else TestRecord.merged(_gathered(self._record))
+        record = _of_all(trainer, self._record)
         if not record.images or not trainer.is_global_zero:
             return
         evaluator = pl_module.evaluator
         names = [metric.name for metric in evaluator.test_metrics] if evaluator else []
         metrics = {name: float(trainer.callback_metrics[name]) for name in names if name in trainer.callback_metrics}
-        datamodule = getattr(trainer, "datamodule", None)
-        data = [getattr(datamodule, name, None) for name in ("name", "category")]
         path = Path(trainer.default_root_dir) / "report.html"
         path.write_text(
             render(
                 record,
-                title=" · ".join([pl_module.name, *filter(None, data)]),
+                title=_title(trainer, pl_module),
                 date=datetime.now(),
                 threshold=pl_module.post_processor.decision_threshold,
                 metrics=metrics,
@@ -98,15 +105,51 @@ class RunReport(Callback):
         _log_pictures(trainer, record.case_lists())
         self._record = TestRecord(self.cases)  # the pictures are not needed any more
 
+    def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin anew."""
+        del trainer, pl_module
+        self._record = PredictionRecord()
+
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Take down the scores of a batch."""
+        del trainer, outputs, batch_idx, dataloader_idx
+        self._take_down(pl_module, batch, draw_thumbnails)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
+        """Write the page of the predictions."""
+        record = _of_all(trainer, self._record)
+        if not record.images or not trainer.is_global_zero:
+            return
+        assert isinstance(record, PredictionRecord)
+        path = Path(trainer.default_root_dir) / "report.html"
+        # Who trains, tests and predicts with one Engine does so in one folder.
+        if path.is_file() and not is_of_predictions(path.read_text(encoding="utf-8")):
+            path = path.with_name("predictions.html")
+        threshold = pl_module.post_processor.decision_threshold
+        page = render_predictions(record, _title(trainer, pl_module), datetime.now(), threshold)
+        path.write_text(page, encoding="utf-8")
+        logger.info("The report of these predictions: %s", path)
+        self._record = TestRecord(self.cases)  # the pictures are not needed any more
+
 
 def _known(label: torch.Tensor | bool | None) -> bool | None:
     return None if label is None else bool(label)
 
 
-def _gathered(record: TestRecord) -> list[TestRecord]:
-    records: list[TestRecord | None] = [None] * torch.distributed.get_world_size()
+def _title(trainer: Trainer, pl_module: Any) -> str:
+    datamodule = getattr(trainer, "datamodule", None)
+    data = [getattr(datamodule, name, None) for name in ("name", "category")]
+    return " · ".join([pl_module.name, *filter(None, data)])
+
+
+def _of_all(trainer: Trainer, record: TestRecord) -> TestRecord:
+    if trainer.world_size == 1:
+        return record
+    records: list[TestRecord | None] = [None] * trainer.world_size
     torch.distributed.all_gather_object(records, record)
-    return [record for record in records if record is not None]
+    return type(record).merged(record for record in records if record is not None)
 
 
 def _log_pictures(trainer: Trainer, lists: list[CaseList]) -> None:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a report: one HTML file that needs nothing from elsewhere."""
+"""The pages of a report: each one HTML file that needs nothing from elsewhere."""
 
 import base64
 import io
+import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.metadata import version
@@ -11,10 +12,12 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
+from pandas import DataFrame
 from PIL import Image
 
+from anomalib_intra.report.panels import Thumbnail
 from anomalib_intra.report.plots import as_svg, score_histogram, training_curves
-from anomalib_intra.report.record import TestRecord
+from anomalib_intra.report.record import PredictionRecord, TestRecord
 
 #: Metrics in words; others are shown by their names.
 _IN_WORDS = {
@@ -57,26 +60,15 @@ def render(
         >>> "Image AUROC" in page and "http" not in page
         True
     """
-    environment = Environment(
-        loader=PackageLoader("anomalib_intra", "report"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"data_uri": _data_uri, "figure": _number}
     images = record.frame()
-    return environment.get_template("page.html").render(
+    return _fill(
+        "page.html",
         title=title,
         date=date,
-        version=version("anomalib-intra"),
         counts={
             "all": len(images),
-            "normal": int(images.anomalous.eq(False).sum()),
-            "anomalous": int(images.anomalous.eq(True).sum()),
+            **_counts(images),
             "unscored": int(images.score.isna().sum()),
-            "false_alarms": int((images.anomalous.eq(False) & images.called_anomalous.eq(True)).sum()),
-            "missed": int((images.anomalous.eq(True) & images.called_anomalous.eq(False)).sum()),
         },
         threshold=threshold,
         metrics=[(*_IN_WORDS.get(name, (name, "")), value) for name, value in metrics.items()],
@@ -88,11 +80,92 @@ def render(
     )
 
 
+def render_predictions(record: PredictionRecord, title: str, date: datetime, threshold: float | None) -> str:
+    """Write the page of a prediction: all images by their scores, and a threshold to move.
+
+    Args:
+        record (PredictionRecord): The images, of which one at least.
+        title (str): Model and data.
+        date (datetime): When the prediction ended.
+        threshold (float | None): Score above which an image is called anomalous, None where nothing is decided.
+
+    Returns:
+        str: HTML.
+
+    Example:
+        >>> from anomalib_intra.report.record import Scored
+        >>> record = PredictionRecord()
+        >>> record.add(Scored("parts/1.png", 0.7, called_anomalous=True), dict)
+        >>> page = render_predictions(record, "InTra", datetime(2025, 1, 1), 0.5)
+        >>> "parts/1.png" in page and "http" not in page
+        True
+    """
+    images, cases = record.frame(), record.by_suspicion()
+    finite = [image.score for image in record.images if math.isfinite(image.score)]
+    start = threshold if threshold is not None else max(finite, default=0.0)
+    lowest, highest = min([*finite, start]), max([*finite, start])
+    # Room at both ends: at the lowest threshold all images are called anomalous, not all but one.
+    room = 0.02 * (highest - lowest) or 0.01
+    return _fill(
+        "predictions.html",
+        title=title,
+        date=date,
+        counts={
+            **_counts(images),
+            "called": int(images.called_anomalous.eq(True).sum()),
+            "labelled": int(images.anomalous.notna().sum()),
+            "unscored": len(images) - len(finite),
+        },
+        threshold=threshold,
+        start=start,
+        lowest=lowest - room,
+        highest=highest + room,
+        cases=cases,
+        pictured=sum(bool(case.panels) for case in cases),
+    )
+
+
+def is_of_predictions(page: str) -> bool:
+    """Tell the page of a prediction from that of a test.
+
+    Args:
+        page (str): HTML.
+
+    Returns:
+        bool: Whether :func:`render_predictions` wrote it.
+    """
+    return '<body class="predictions">' in page
+
+
+def _fill(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("anomalib_intra", "report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {"data_uri": _data_uri, "figure": _number, "significant": "{:.4g}".format}
+    environment.tests["finite"] = math.isfinite
+    return environment.get_template(template).render(version=version("anomalib-intra"), **values)
+
+
+def _counts(images: DataFrame) -> dict[str, int]:
+    return {
+        "normal": int(images.anomalous.eq(False).sum()),
+        "anomalous": int(images.anomalous.eq(True).sum()),
+        "false_alarms": int((images.anomalous.eq(False) & images.called_anomalous.eq(True)).sum()),
+        "missed": int((images.anomalous.eq(True) & images.called_anomalous.eq(False)).sum()),
+    }
+
+
 def _inline(figure: Figure | None, description: str) -> Markup | None:
     return None if figure is None else Markup(as_svg(figure, description))
 
 
-def _data_uri(picture: Image.Image) -> str:
+def _data_uri(picture: Image.Image | Thumbnail) -> str:
+    if isinstance(picture, Thumbnail):
+        return "data:image/jpeg;base64," + base64.b64encode(picture.jpeg).decode()
     buffer = io.BytesIO()
     picture.save(buffer, format="WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person looks at: image, reconstruction, anomaly map and masks, drawn alike over a whole run."""
 
+import io
+from typing import NamedTuple
+
 import torch
 from anomalib.data import ImageItem
 from anomalib.visualization.image.functional import visualize_anomaly_map, visualize_image
@@ -49,6 +52,38 @@ def draw_panels(item: ImageItem, size: tuple[int, int] = (256, 256), scale: floa
         colours = {"true": "cyan: true", "predicted": "red: predicted"}
         panels[f"Masks ({', '.join(colours[name] for name in reversed(known))})"] = outlined
     return panels
+
+
+class Thumbnail(NamedTuple):
+    """A small picture, encoded: thousands of them fit into memory, and into a page."""
+
+    width: int
+    height: int
+    jpeg: bytes
+
+
+def draw_thumbnails(item: ImageItem, scale: float = 1.0) -> dict[str, Thumbnail]:
+    """Draw the panels of an image small.
+
+    Args:
+        item (ImageItem): As for :func:`draw_panels`.
+        scale (float): The same.
+
+    Returns:
+        dict[str, Thumbnail]: Thumbnails of one size by their titles.
+
+    Example:
+        >>> thumbnail = draw_thumbnails(ImageItem(image=torch.rand(3, 32, 64)))["Image"]
+        >>> thumbnail.width, thumbnail.height
+        (160, 80)
+    """
+    return {title: _thumbnail(panel) for title, panel in draw_panels(item, (160, 160), scale).items()}
+
+
+def _thumbnail(panel: Image.Image) -> Thumbnail:
+    buffer = io.BytesIO()
+    panel.save(buffer, format="JPEG", quality=75)
+    return Thumbnail(*panel.size, buffer.getvalue())
 
 
 def side_by_side(panels: dict[str, Image.Image]) -> Image.Image:

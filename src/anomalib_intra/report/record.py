@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is kept of a test: the scores of all images, pictures of a few."""
+"""What is kept of a test or a prediction: the scores of all images, pictures of some."""
 
 import heapq
 import math
@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pandas import DataFrame, Series, concat
-from PIL import Image
 from torchmetrics.functional.classification import binary_auroc
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class Case:
-    """A scored image with its panels, by their titles."""
+    """A scored image with its panels, by their titles: pictures or, of predictions, thumbnails."""
 
     image: Scored
-    panels: dict[str, Image.Image]
+    panels: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class TestRecord:
     _heaps: dict[tuple[bool | None, bool], list[tuple[float, int, Case]]] = field(default_factory=dict)
     _order: Iterator[int] = field(default_factory=count)
 
-    def add(self, image: Scored, draw: Callable[[], dict[str, Image.Image]]) -> None:
+    def add(self, image: Scored, draw: Callable[[], dict[str, Any]]) -> None:
         """Add an image; it is drawn if it is among the lowest or highest of its label so far.
 
         Args:
@@ -101,34 +104,37 @@ class TestRecord:
             draw (Callable): Draws its panels.
         """
         self.images.append(image)
-        if not math.isfinite(image.score):
-            return
         panels = None
-        for highest in (True, False):
-            heap = self._heaps.setdefault((image.anomalous, highest), [])
-            rank = image.score if highest else -image.score
+        for kind, rank in self._ranks(image).items():
+            heap = self._heaps.setdefault(kind, [])
             if len(heap) < self.cases or rank > heap[0][0]:
                 panels = draw() if panels is None else panels
                 # The running number decides between equal scores: the earlier image stays.
                 push = heapq.heappush if len(heap) < self.cases else heapq.heapreplace
                 push(heap, (rank, -next(self._order), Case(image, panels)))
 
+    def _ranks(self, image: Scored) -> dict[tuple[bool | None, bool], float]:
+        # What an image must exceed others by, in each of the lists it may be kept for.
+        if not math.isfinite(image.score):
+            return {}
+        return {(image.anomalous, True): image.score, (image.anomalous, False): -image.score}
+
     @classmethod
-    def merged(cls, records: Iterable["TestRecord"]) -> "TestRecord":
+    def merged(cls, records: Iterable["Self"]) -> "Self":
         """Put the records of several processes together.
 
         Args:
-            records (Iterable[TestRecord]): Records of parts of a test; images in several of them count once.
+            records (Iterable[Self]): Records of parts of a test; images in several of them count once.
 
         Returns:
-            TestRecord: The record of all.
+            Self: The record of all.
         """
         merged, seen = None, set()
         for record in records:
             merged = merged or cls(record.cases)
             kept = {case.image.path: case.panels for heap in record._heaps.values() for *_, case in heap}
             # Only for a moment can an image without panels be kept: the lowest and highest of all have them.
-            panels = defaultdict(dict[str, Image.Image], kept)
+            panels = defaultdict(dict[str, Any], kept)
             for image in record.images:
                 if image.path not in seen:
                     merged.add(image, partial(panels.__getitem__, image.path))
@@ -190,6 +196,42 @@ class TestRecord:
                     }
                 )
         return DataFrame(rows)
+
+
+@dataclass
+class PredictionRecord(TestRecord):
+    """Collects the images of a prediction, and pictures of the most suspicious of them.
+
+    Args:
+        cases (int): Pictures kept.
+
+    Example:
+        >>> record = PredictionRecord(cases=1)
+        >>> for score in (0.2, 0.3, 0.1):
+        ...     record.add(Scored(f"{score}.png", score), lambda: {"Image": "a picture"})
+        >>> [(case.image.score, case.panels) for case in record.by_suspicion()]
+        [(0.3, {'Image': 'a picture'}), (0.2, {}), (0.1, {})]
+    """
+
+    cases: int = 500
+
+    def _ranks(self, image: Scored) -> dict[tuple[bool | None, bool], float]:
+        return {(None, True): _suspicion(image)}
+
+    def by_suspicion(self) -> list[Case]:
+        """List all images, the most suspicious first.
+
+        Returns:
+            list[Case]: Images with panels, which are empty where none were kept.
+        """
+        panels = {id(case.image): case.panels for heap in self._heaps.values() for *_, case in heap}
+        images = sorted(self.images, key=_suspicion, reverse=True)
+        return [Case(image, panels.get(id(image), {})) for image in images]
+
+
+def _suspicion(image: Scored) -> float:
+    # An image that the model could give no score is the first that someone should look at.
+    return image.score if math.isfinite(image.score) else math.inf
 
 
 def auroc(anomalous: Series, normal: Series) -> float:
