@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import logging
 import os
 import shutil
 import socket
@@ -16,6 +17,7 @@ from lightning.pytorch import seed_everything
 from anomalib_intra import RIAD, InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction import Comparison
+from anomalib_intra.training.console import WholeLines
 
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -59,6 +61,15 @@ def no_network() -> Iterator[None]:
 
             patch.setattr(socket.socket, name, refuse)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_log_on_the_console() -> Iterator[None]:
+    """Take out what our command line prints the log with, or doctests after it would find lines of Lightning's."""
+    yield
+    root = logging.getLogger()
+    for handler in [one for one in root.handlers if isinstance(one, WholeLines)]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

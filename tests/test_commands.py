@@ -97,7 +97,7 @@ def test_validate_scores_the_checkpoint(command: Command, checkpoint: Path) -> N
     validated = command("validate", "--ckpt_path", checkpoint)
     assert validated.model.is_calibrated
     assert not torch.isnan(validated.model.post_processor.image_threshold)
-    if validated.model.name != "PatchSVDD":
+    if validated.model.name not in ("PatchSVDD", "CutPaste"):  # those two only score, but while they train
         assert float(validated.engine.trainer.callback_metrics["val_loss"]) > 0
 
 
