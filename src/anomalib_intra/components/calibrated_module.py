@@ -12,7 +12,6 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
-from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
@@ -98,12 +97,27 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         """
 
     @abstractmethod
+    def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> ImageBatch:
+        """Give a batch what the post-processor scores: raw scores and maps, or what it makes them from.
+
+        Args:
+            batch (Any): Batch of images.
+            *args: Unused.
+            **kwargs: Unused.
+
+        Returns:
+            ImageBatch: The batch.
+        """
+
     def set_thresholds(self, images: DataLoader[Any]) -> None:
         """Set the thresholds, with what :meth:`learn_normal` computed.
 
         Args:
             images (DataLoader): Images to set them on, as a test would see them.
         """
+        for batch in track(images, "Thresholds"):
+            self.post_processor.observe(self.test_step(self.as_tested(batch)))
+        self.post_processor.set_thresholds()
 
     @property
     @abstractmethod
@@ -199,7 +213,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
-    def predict_step(self, batch: UnroundedBatch, batch_idx: int, dataloader_idx: int = 0) -> STEP_OUTPUT:
+    def predict_step(self, batch: UnroundedBatch, batch_idx: int, dataloader_idx: int = 0) -> ImageBatch:
         """Do with a batch what a test step does.
 
         Args:
@@ -208,7 +222,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             dataloader_idx (int): Unused.
 
         Returns:
-            STEP_OUTPUT: The batch.
+            ImageBatch: The batch.
         """
         del dataloader_idx
         return self.test_step(batch, batch_idx)

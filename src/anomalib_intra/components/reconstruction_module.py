@@ -49,8 +49,8 @@ class InferenceWithReconstruction(NamedTuple):
 class ReconstructionModule(TrainedModule):
     """An anomalib model that paints images again, and scores them by the difference.
 
-    A model adds ``self.model``, which maps images to a ``Reconstruction``, its ``sampling`` and training step, and
-    :meth:`validation_loss`. What is here is the same for all: the training mean of the difference maps (eq. 17),
+    A model adds ``self.model``, which maps images to a ``Reconstruction``, its ``sampling``, ``self.loss`` and
+    :meth:`loss_of`. What is here is the same for all: the training mean of the difference maps (eq. 17),
     thresholds, test, prediction, pictures, export, and the checkpoints of the best and the last epoch.
 
     Args:
@@ -85,7 +85,6 @@ class ReconstructionModule(TrainedModule):
             torch.Tensor: The loss, a scalar.
         """
 
-    @abstractmethod
     def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
         """Compare held-out normal images with their reconstructions.
 
@@ -96,6 +95,8 @@ class ReconstructionModule(TrainedModule):
         Returns:
             torch.Tensor: The mean loss, a scalar.
         """
+        loss: torch.Tensor = self.loss(images, reconstructions)
+        return loss
 
     def compare(self, images: torch.Tensor) -> Comparison:
         """Paint images again, and compare both (eq. 16).
@@ -210,16 +211,6 @@ class ReconstructionModule(TrainedModule):
             count += len(maps)
         mean, mean_square = self.mean_of_all(total, count)[:, None]
         self.post_processor.set_training_mean(mean, (mean_square - mean**2).clamp(min=0).sqrt())
-
-    def set_thresholds(self, images: DataLoader[Any]) -> None:
-        """Set the thresholds, given a training mean.
-
-        Args:
-            images (DataLoader): Images to set them on, as a test would see them.
-        """
-        for batch in track(images, "Thresholds"):
-            self.post_processor.observe(self._compared(self.as_tested(batch)))
-        self.post_processor.set_thresholds()
 
     def _compared(self, batch: ImageBatch) -> InTraBatch:
         assert isinstance(batch, InTraBatch), "the batch_kind"

@@ -200,16 +200,6 @@ class CutPaste(TrainedModule):
         sums = reduce(Moments.plus, moments)
         self.model.gaussian.fit(Moments(*(self.trainer.strategy.reduce(part, reduce_op="sum") for part in sums)))
 
-    def set_thresholds(self, images: DataLoader[Any]) -> None:
-        """Set the thresholds, given a Gaussian.
-
-        Args:
-            images (DataLoader): Images to set them on, as a test would see them.
-        """
-        for batch in track(images, "Thresholds"):
-            self.post_processor.observe(self.test_step(self.as_tested(batch)))
-        self.post_processor.set_thresholds()
-
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:

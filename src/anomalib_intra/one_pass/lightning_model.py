@@ -253,19 +253,6 @@ class OnePassInTra(ReconstructionModule):
         self._seconds += float(seconds)
         self._step_started = None
 
-    def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Compare normal images with the mean of what was painted with all radii.
-
-        Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
-            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
-
-        Returns:
-            torch.Tensor: The loss, a scalar.
-        """
-        loss: torch.Tensor = self.loss(images, reconstructions)
-        return loss
-
     # ---- comparison --------------------------------------------------------------------------------------------------
 
     def compare(self, images: torch.Tensor) -> Comparison:

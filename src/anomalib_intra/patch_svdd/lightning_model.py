@@ -207,16 +207,6 @@ class PatchSVDD(TrainedModule):
             big.append(rearrange(features.big, "b d h w -> (b h w) d"))
         self.model.bank_small, self.model.bank_big = (gathered(torch.cat(bank)) for bank in (small, big))
 
-    def set_thresholds(self, images: DataLoader[Any]) -> None:
-        """Set the thresholds, given a memory bank.
-
-        Args:
-            images (DataLoader): Images to set them on, as a test would see them.
-        """
-        for batch in track(images, "Thresholds"):
-            self.post_processor.observe(self.test_step(self.as_tested(batch)))
-        self.post_processor.set_thresholds()
-
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:

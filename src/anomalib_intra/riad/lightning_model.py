@@ -145,19 +145,6 @@ class RIAD(ReconstructionModule):
         loss: torch.Tensor = self.loss(images, self.model.inpaint(images, sets[None])[:, 0])
         return loss
 
-    def validation_loss(self, images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-        """Compare normal images with the mean of what was inpainted with cells of all sizes.
-
-        Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``.
-            reconstructions (torch.Tensor): Reconstructions, shape ``(B, 3, H, W)``.
-
-        Returns:
-            torch.Tensor: The loss, a scalar.
-        """
-        loss: torch.Tensor = self.loss(images, reconstructions)
-        return loss
-
     # ---- comparison --------------------------------------------------------------------------------------------------
 
     def compare(self, images: torch.Tensor) -> Comparison:
