@@ -3,6 +3,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,28 @@ def test_learning_rate_is_half_a_cosine_and_validation_loss_that_of_the_same_for
     expected = [0.25 * (1 + math.cos(math.pi * step / 6)) for step in range(1, 7)]
     assert rates == pytest.approx(expected, abs=1e-6)
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_max_time_ends_a_run_within_an_epoch_and_its_learning_rate_follows(few, tmp_path: Path, monkeypatch) -> None:
+    rates, now = [], 0.0
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *_: object) -> None:
+            nonlocal now
+            now += 1
+
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    monkeypatch.setattr("lightning.pytorch.callbacks.timer.time", SimpleNamespace(monotonic=lambda: now))
+    seed_everything(1)
+    model = tiny(learning_rate=0.5)  # three steps an epoch
+    engine = tiny_engine(tmp_path, max_epochs=-1, max_time="00:00:00:05", callbacks=[Clock()])
+    engine.fit(model, datamodule=few)
+    expected = [0.25 * (1 + math.cos(math.pi * second / 5)) for second in range(1, 6)]
+    assert rates == pytest.approx(expected, abs=1e-6)
+    assert [set(epoch) for epoch in model.losses] == [{"epoch", "train_loss", "val_loss"}] * 2
+    assert model.is_calibrated
 
 
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(few: TextureDemo, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.pre_processing import PreProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
@@ -35,7 +36,7 @@ from anomalib_intra.training.internals import (
     validation_source,
 )
 from anomalib_intra.training.one_run import OneRun
-from anomalib_intra.training.processes import share_run_folder
+from anomalib_intra.training.processes import share_of_time, share_run_folder
 from anomalib_intra.training.random_state import random_state, set_random_state
 from anomalib_intra.training.tuners import PostponedFinders, refuse_batch_size_finder
 
@@ -215,7 +216,10 @@ class TrainedModule(CalibratedModule):
 
     @property
     def share_trained(self) -> float:
-        """Share of the trainer's epochs or steps that is done, whichever is more, in [0, 1]; 0 where neither ends."""
+        """Share of the training that is done, in [0, 1]; learning rates follow it.
+
+        Of the trainer's epochs, steps or ``max_time``, whichever is more; 0 where none of them ends.
+        """
         trainer = trainer_of(self)
         if trainer is None:
             return 0.0
@@ -225,6 +229,7 @@ class TrainedModule(CalibratedModule):
         if self._loader is not None and (epochs := trainer.max_epochs or -1) > 0:
             steps = math.ceil(len(self._loader) / trainer.accumulate_grad_batches)
             shares.append(trainer.global_step / (epochs * steps))
+        shares += [share_of_time(timer, trainer) for timer in self._callbacks if isinstance(timer, Timer)]
         return min(1.0, max(shares))
 
     def log_train_loss(self, loss: torch.Tensor, count: int) -> None:

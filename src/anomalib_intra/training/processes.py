@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Timer
 from torch import distributed
 from torchmetrics.utilities.distributed import gather_all_tensors
 
@@ -51,3 +52,20 @@ def share_run_folder(trainer: Trainer) -> None:
         with suppress(OSError):  # Windows allows links to few
             latest.unlink()
             latest.symlink_to(shared, target_is_directory=True)
+
+
+def share_of_time(timer: Timer, trainer: Trainer) -> float:
+    """How much of a trainer's ``max_time`` has passed, by the clock of the first process.
+
+    By clocks of their own, processes would take other learning rates.
+
+    Args:
+        timer (Timer): What ``max_time`` has made of itself.
+        trainer (Trainer): The trainer of this process.
+
+    Returns:
+        float: Share of the time, 0 where it has no end; a little more than 1 when it is up.
+    """
+    passed, left = timer.time_elapsed(), timer.time_remaining()
+    share: float = trainer.strategy.broadcast(0.0 if left is None else passed / (passed + left))
+    return share
