@@ -191,7 +191,7 @@ def test_tests_cannot_reach_the_network_but_processes_reach_each_other() -> None
 
 def test_package_and_all_its_modules_are_imported_without_the_network() -> None:
     program = """
-import importlib, pkgutil, socket
+import importlib, pkgutil, socket, sys
 def refuse(*arguments, **options):
     raise SystemExit(f"network used: {arguments[1:]}")
 socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
@@ -199,6 +199,7 @@ import anomalib_intra
 names = [module.name for module in pkgutil.walk_packages(anomalib_intra.__path__, "anomalib_intra.")]
 for name in names:
     importlib.import_module(name)
+assert "ray" not in sys.modules, "only --runner ray needs it"
 print(len(names))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)

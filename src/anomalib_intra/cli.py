@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
@@ -88,15 +88,22 @@ def _stoppable(goes_on: str) -> Iterator[None]:
         sys.exit(130)
 
 
-def _benchmark(config: Path, output: Path = Path("results/benchmark")) -> None:
+def _benchmark(
+    config: Path,
+    output: Path = Path("results/benchmark"),
+    runner: Literal["local", "ray"] = "local",
+    cpus_per_run: int = 1,
+) -> None:
     """Run what is missing of a benchmark and write its tables, page and chart.
 
     Args:
         config: YAML file in the format of anomalib's benchmark; the config benchmark is one.
         output: Folder for benchmark.csv, benchmark.md, benchmark.png and the runs.
+        runner: Where the runs take place: on this machine, or on the Ray cluster of RAY_ADDRESS.
+        cpus_per_run: CPUs, and threads of torch, that a run has on Ray.
     """
-    with _stoppable("with the runs that are missing"):
-        rows = benchmark(config, output)
+    with _stoppable("with the runs that are missing"), _refusing("anomalib-intra benchmark"):
+        rows = benchmark(config, output, runner, cpus_per_run)
     print(rows.to_string(index=False))
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")
     if rows["error"].any():
@@ -218,7 +225,7 @@ def _refusing(name: str) -> Iterator[None]:
     """End with a sentence where a command cannot do what it is asked for."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         sys.stderr.write(f"{name}: {error}\n")
         sys.exit(2)
 

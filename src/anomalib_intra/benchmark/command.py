@@ -2,7 +2,7 @@
 """The command ``benchmark``: its config, what is missing of its runs, and its page."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -11,33 +11,44 @@ from pandas import DataFrame
 
 from anomalib_intra.benchmark.job import BenchmarkRuns
 from anomalib_intra.benchmark.page import write_page
+from anomalib_intra.benchmark.ray_runner import RayRunner
 
 
-def benchmark(config: str | Path, output: str | Path = "results/benchmark") -> DataFrame:
+def benchmark(
+    config: str | Path,
+    output: str | Path = "results/benchmark",
+    runner: Literal["local", "ray"] = "local",
+    cpus_per_run: int = 1,
+) -> DataFrame:
     """Run what is missing of a benchmark and write its tables, page and chart.
 
     A stopped benchmark goes on with the runs that are missing when it is called again; failed runs leave their error in
-    their row and are tried again. Where there are several CUDA devices, each takes runs of its own.
+    their row and are tried again. Where there are several CUDA devices, each takes runs of its own; Ray shares the runs
+    out among the nodes of a cluster.
 
     Args:
         config (str | Path): YAML file in the format of anomalib's benchmark, see ``configs/benchmark.yaml``.
         output (str | Path): Folder for ``benchmark.csv``, ``benchmark.md``, ``benchmark.png`` and the runs.
+        runner (str): ``"local"`` for this machine, or ``"ray"``, see :class:`RayRunner`.
+        cpus_per_run (int): CPUs, and threads of torch, that a run has on Ray.
 
     Returns:
         DataFrame: A row for each run, with metrics in 0 .. 1 and an ``error``, empty where all went well.
 
     Raises:
         ValueError: If an entry of the config is wrong; nothing is run then.
+        ImportError: If the runner is Ray's and Ray is not installed.
 
     Example:
         >>> rows = benchmark("configs/benchmark.yaml")  # doctest: +SKIP
+        >>> rows = benchmark("configs/benchmark.yaml", runner="ray", cpus_per_run=4)  # doctest: +SKIP
     """
     settings = read_settings(config)
     output = Path(output)
     generator = BenchmarkRuns(output, settings.get("accelerator", "auto"))
     runs = list(generator.generate_jobs(settings["benchmark"]))
     try:
-        run_missing(generator, settings["benchmark"])
+        run_missing(generator, settings["benchmark"], runner, cpus_per_run)
     finally:  # also when it was interrupted
         rows = DataFrame([run.row for run in runs if run.row is not None])
         if len(rows):
@@ -71,13 +82,23 @@ def read_settings(config: str | Path) -> dict[str, Any]:
     return settings
 
 
-def run_missing(generator: BenchmarkRuns, args: dict[str, Any]) -> None:
+def run_missing(
+    generator: BenchmarkRuns, args: dict[str, Any], runner: Literal["local", "ray"] = "local", cpus_per_run: int = 1
+) -> None:
     """Run what is missing, one after the other or, where there are several CUDA devices, one on each.
 
     Args:
         generator (BenchmarkRuns): Makes the runs.
         args (dict): What it makes them of.
+        runner (str): ``"local"``, or ``"ray"`` for a cluster.
+        cpus_per_run (int): As for :func:`benchmark`.
+
+    Raises:
+        ImportError: If the runner is Ray's and Ray is not installed.
     """
+    if runner == "ray":
+        RayRunner(generator, cpus_per_run).run(args)
+        return
     devices = torch.cuda.device_count() if generator.accelerator != "cpu" else 0
-    runner = ParallelRunner(generator, n_jobs=devices) if devices > 1 else SerialRunner(generator)
-    runner.run(args)
+    local = ParallelRunner(generator, n_jobs=devices) if devices > 1 else SerialRunner(generator)
+    local.run(args)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs of the benchmark as jobs of anomalib's pipelines: isolated, resumable, and never in each other's way."""
 
+import copy
 import json
 import multiprocessing
+import os
 import traceback
 from collections.abc import Generator
 from datetime import timedelta
 from inspect import signature
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from anomalib.data import AnomalibDataModule, MVTecAD
@@ -21,6 +25,8 @@ from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure,
 from anomalib_intra.training.atomic_file import write_atomically
 
 _KEYS = {"seed", "model", "data", "image_size"}
+#: Files of a run's folder that tell how it went: its row and, where it failed, the traceback.
+_RECORDS = ("row.json", "error.txt")
 
 
 class BenchmarkRun(Job):
@@ -72,15 +78,25 @@ class BenchmarkRun(Job):
             dict: The row; ``error`` is empty if all went well.
         """
         if self.is_done and (row := self.row):
-            rich_print(f"[dim]{escape(str(self))}: done before, {_summary(row)}[/dim]")
+            rich_print(f"[dim]{escape(str(self))}: done before, {outcome(row)}[/dim]")
             return row
         number = self.all.index(self) + 1
-        rich_print(
-            f"[bold]{escape(str(self))}[/bold] ({number} of {len(self.all)}){_time_left(self.all[number - 1 :])}"
-        )
+        rich_print(f"[bold]{escape(str(self))}[/bold] ({number} of {len(self.all)}){time_left(self.all[number - 1 :])}")
+        row = self.execute(task_id)
+        rich_print(f"[bold]{escape(str(self))}[/bold]: {outcome(row)}")
+        return row
+
+    def execute(self, task_id: int | None = None) -> dict[str, Any]:
+        """Run in a process of its own, also if it was done before, and say nothing about it.
+
+        Args:
+            task_id (int | None): Device to use, where several runs go on at once.
+
+        Returns:
+            dict: The row; ``error`` is empty if all went well.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for name in ("row.json", "error.txt"):
-            (self.folder / name).unlink(missing_ok=True)
+        self.records = {}
         process = multiprocessing.get_context("spawn").Process(target=self._measure, args=(task_id,))
         process.start()
         try:
@@ -92,21 +108,48 @@ class BenchmarkRun(Job):
             self._store({}, f"{code} (-9: out of memory, or killed; 1 at once: a script without a __main__ guard)")
         row = self.row
         assert row is not None, "stored by the process, or just now"
-        outcome = f"[red]{escape(row['error'])}[/red]" if row["error"] else _summary(row)
-        rich_print(f"[bold]{escape(str(self))}[/bold]: {outcome}")
         return row
+
+    @property
+    def records(self) -> dict[str, str]:
+        """How the run went, for another machine: the texts of ``row.json`` and ``error.txt``, where there are such."""
+        files = [self.folder / name for name in _RECORDS]
+        return {file.name: file.read_text(encoding="utf-8") for file in files if file.is_file()}
+
+    @records.setter
+    def records(self, records: dict[str, str]) -> None:
+        for name in _RECORDS:
+            if name in records:
+                write_atomically(self.folder / name, records[name])
+            else:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def alone(self) -> "BenchmarkRun":
+        """Copy it for another process: without the other runs, and its folder does not depend on where that runs."""
+        one = copy.copy(self)
+        one.all, one.folder = [one], self.folder.absolute()
+        return one
+
+    def fail(self, error: Exception) -> None:
+        """Store an exception, which is being handled, as the outcome of the run.
+
+        Args:
+            error (Exception): What the row says; ``error.txt`` gets the whole traceback of what is being handled.
+        """
+        self._store({}, " ".join(f"{type(error).__name__}: {error}".split()))
+        (self.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
 
     def __str__(self) -> str:
         """Name model, category and seed."""
         return f"{self.model} on {self.category}, seed {self.seed}"
 
     def _measure(self, task_id: int | None) -> None:
+        _end_with_parent()
         try:
             row = measure(self.config, self.folder, self.accelerator, "auto" if task_id is None else [task_id])
             self._store(row, "")
         except Exception as error:
-            self._store({}, " ".join(f"{type(error).__name__}: {error}".split()))
-            (self.folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            self.fail(error)
 
     def _store(self, measured: dict[str, Any], error: str) -> None:
         pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
@@ -241,8 +284,31 @@ def _pretrained(entry: dict[str, Any]) -> str:
     return "pretrained features" if entry.get("init_args", {}).get("pre_trained", asks.default) else "nothing"
 
 
-def _time_left(runs: list[BenchmarkRun]) -> str:
-    """Estimate from the runs of all sessions, those of the same model where there are any."""
+def _end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, even by SIGKILL: nobody takes its row then.
+
+    It would train on beside the next attempt, in the same folder.
+    """
+    parent = multiprocessing.parent_process()
+
+    def watch(parent: BaseProcess) -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:  # tests also measure in their own process
+        Thread(target=watch, args=(parent,), daemon=True).start()
+
+
+def time_left(runs: list[BenchmarkRun], at_once: int = 1) -> str:
+    """Estimate from the runs of all sessions, those of the same model where there are any.
+
+    Args:
+        runs (list[BenchmarkRun]): The runs to come, at least one.
+        at_once (int): How many go on at the same time.
+
+    Returns:
+        str: A part of a sentence, empty as long as nothing is known.
+    """
     known = [(run.model, row["fit_s"] + row["test_s"]) for run in runs[0].all if run.is_done and (row := run.row)]
     if not known:
         return ""
@@ -250,9 +316,23 @@ def _time_left(runs: list[BenchmarkRun]) -> str:
     for run in runs:
         same = [took for model, took in known if model == run.model] or [took for _, took in known]
         seconds += 0 if run.is_done else sum(same) / len(same)
-    return f", about {timedelta(seconds=round(seconds))} left"
+    return f", about {timedelta(seconds=round(seconds / at_once))} left"
 
 
-def _summary(row: dict[str, Any]) -> str:
+def outcome(row: dict[str, Any]) -> str:
+    """Say how a run went.
+
+    Args:
+        row (dict): Its row.
+
+    Returns:
+        str: A line in the markup of rich: the error, or scores and times.
+
+    Example:
+        >>> outcome({"error": "ValueError: no images"})
+        '[red]ValueError: no images[/red]'
+    """
+    if row["error"]:
+        return f"[red]{escape(row['error'])}[/red]"
     scores = " / ".join("-" if row[name] is None else f"{row[name]:.3f}" for name in ("image_AUROC", "pixel_AUROC"))
     return f"image / pixel AUROC {scores}, trained in {row['fit_s']:.0f} s, {row['ms_per_image']:.0f} ms per image"
