@@ -12,6 +12,8 @@ from anomalib.metrics import AUROC, F1AdaptiveThreshold
 from anomalib_intra import InTraPostProcessor, UnsaturatedPostProcessor
 from anomalib_intra.components.anomaly_map import _scaled_kernel, difference_map, image_score
 from anomalib_intra.components.batch import InTraBatch
+from anomalib_intra.components.reconstruction import Comparison
+from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP
 
 from ..conftest import compared
 
@@ -128,7 +130,20 @@ def test_deviations_other_than_the_papers() -> None:
     assert torch.equal(maps["raw"], difference_map(images, reconstructions))
 
 
-@pytest.mark.parametrize("wrong", [{"colour_weight": 1.5}, {"colour_weight": -0.1}, {"deviation": "signed"}])
+@pytest.mark.parametrize(("share", "pixels"), [(0.0, 1), (1e-9, 1), (0.1, 154), (1.0, 1536)])
+def test_score_is_the_mean_of_the_highest_share_of_the_pixels(share: float, pixels: int) -> None:
+    differences = torch.rand(3, 1, 32, 48, generator=torch.Generator().manual_seed(0))
+    post_processor = InTraPostProcessor(enable_normalization=False, deviation="raw", score_share=share)
+    post_processor.set_training_mean(torch.zeros(1, 1, 32, 48))
+    images = torch.zeros(3, 3, 32, 48)
+    got = post_processor(Comparison(images, images, differences)).pred_score
+    expected = [sum(sorted(one.flatten().tolist())[-pixels:]) / pixels for one in differences]
+    assert got.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"colour_weight": 1.5}, {"colour_weight": -0.1}, {"deviation": "signed"}, {"score_share": 2.0}]
+)
 def test_options_have_their_values(wrong: dict) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         InTraPostProcessor(**wrong)
@@ -304,6 +319,7 @@ OTHER = {
     "original_size": (False, True),
     "colour_weight": (0.0, 0.5),
     "deviation": ("squared", "positive"),
+    "score_share": (0.0, 0.01),
 }
 
 
@@ -312,7 +328,7 @@ def test_a_setting_that_is_given_outlives_a_checkpoint_and_none_is_as_in_the_che
     default, other = OTHER[name]
     for saved, given, expected in ((other, None, other), (other, default, default), (default, other, other)):
         for kind in (InTraPostProcessor, UnsaturatedPostProcessor):
-            if kind is UnsaturatedPostProcessor and name in ("original_size", "colour_weight", "deviation"):
+            if kind is UnsaturatedPostProcessor and name in ("original_size", *PAPERS_MAP):
                 continue
             post_processor = kind(**{name: given})
             assert getattr(post_processor, name) == (default if given is None else given)

@@ -102,6 +102,22 @@ def test_prediction_from_a_checkpoint_equals_that_of_the_model(
     assert torch.equal(*scores)
 
 
+def test_a_checkpoint_is_scored_as_it_was_calibrated_unless_asked_otherwise(trained_one_pass: Run, tmp_path: Path) -> None:
+    def loaded(checkpoint: Path, **options: float) -> OnePassInTra:
+        return OnePassInTra.load_from_checkpoint(checkpoint, post_processor=InTraPostProcessor(**options))
+
+    assert trained_one_pass.model.post_processor.score_share == 0.005
+    assert loaded(trained_one_pass.checkpoint).post_processor.score_share == 0.005
+    other = loaded(trained_one_pass.checkpoint, score_share=0.0).post_processor
+    assert (other.score_share, other.is_calibrated) == (0.0, False)
+
+    before = torch.load(trained_one_pass.checkpoint, weights_only=False)  # of a version whose score was the maximum
+    del before["anomalib_post_processor_config"]["score_share"], before["calibrated_with"]["score_share"]
+    torch.save(before, tmp_path / "before.ckpt")
+    kept = loaded(tmp_path / "before.ckpt").post_processor
+    assert (kept.score_share, kept.is_calibrated) == (0.0, True)
+
+
 def test_gradients_are_finite_where_images_are_constant() -> None:
     model = tiny_one_pass()
     for value in (0.0, 0.5, 1.0):

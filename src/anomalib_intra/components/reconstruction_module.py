@@ -309,8 +309,12 @@ class ReconstructionModule(TrainedModule):
         saved = self.completed(checkpoint.get("hyper_parameters", {}))
         check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
         blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-        # What an older version does not say of its calibration is in its settings, or was the default.
-        stored = {**self.completed({}), **PAPERS_MAP, **checkpoint.get("anomalib_post_processor_config", {})}
+        # What an older version does not say of its calibration is in its settings, or was as in the paper, and stays so.
+        checkpoint["anomalib_post_processor_config"] = {
+            **PAPERS_MAP,
+            **checkpoint.get("anomalib_post_processor_config", {}),
+        }
+        stored = {**self.completed({}), **checkpoint["anomalib_post_processor_config"]}
         stored |= checkpoint.get("calibrated_with", {})
         present = {**self.scored_with, **self.post_processor.asked_calibration}
         forget_stale_calibration(checkpoint, stored, present, blank)

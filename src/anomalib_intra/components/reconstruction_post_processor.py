@@ -18,8 +18,8 @@ from anomalib_intra.data.image_files import common_size, masks_of_files
 from anomalib_intra.data.pipeline import parts_of, transform_of
 
 _DEVIATIONS = get_args(Deviation)
-#: The options on which difference and anomaly maps depend, and what they are in the paper.
-PAPERS_MAP: dict[str, Any] = {"colour_weight": 0.0, "deviation": "squared"}
+#: The options on which difference maps, anomaly maps and scores depend, and what they are in the paper.
+PAPERS_MAP: dict[str, Any] = {"colour_weight": 0.0, "deviation": "squared", "score_share": 0.0}
 
 
 class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
@@ -51,12 +51,14 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             counts only what differs more than in the training images; ``"scaled"`` divides it by the standard deviation
             over the training images, drawn half way towards its mean over all pixels; ``"half"`` is for models whose
             difference maps are logits; ``"raw"`` takes no mean off, for models that have none.
+        score_share (float | None): Share of the pixels in [0, 1] whose mean is the score of an image, those with the
+            highest values. 0, the default, is their maximum (eq. 18), which a speck of dust can set.
 
     Raises:
         ValueError: If a setting has no such value.
 
-    ``colour_weight`` and ``deviation`` are not in the paper; docs/results.md has what they gain and lose. Both may be
-    asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
+    ``colour_weight``, ``deviation`` and ``score_share`` are not in the paper; docs/results.md has what they gain and
+    lose. They may be asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
 
     Example:
         >>> post_processor = InTraPostProcessor()
@@ -82,10 +84,13 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         original_size: bool | None = None,
         colour_weight: float | None = None,
         deviation: Deviation | None = None,
+        score_share: float | None = None,
     ) -> None:
-        given = asked(original_size=original_size, colour_weight=colour_weight, deviation=deviation)
+        given = asked(
+            original_size=original_size, colour_weight=colour_weight, deviation=deviation, score_share=score_share
+        )
         chosen: dict[str, Any] = {"original_size": False, **PAPERS_MAP, **given}
-        check_shares(closed=True, colour_weight=chosen["colour_weight"])
+        check_shares(closed=True, colour_weight=chosen["colour_weight"], score_share=chosen["score_share"])
         if chosen["deviation"] not in _DEVIATIONS:
             raise ValueError(f"deviation must be one of {', '.join(map(repr, _DEVIATIONS))}, got {deviation!r}.")
         super().__init__(
@@ -100,6 +105,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         self.original_size: bool = chosen["original_size"]
         self.colour_weight: float = chosen["colour_weight"]
         self.deviation: Deviation = chosen["deviation"]
+        self.score_share: float = chosen["score_share"]
         # What files go through before the model sees them, and which part of them is left, by their size.
         self._gone_through: list[Any] = []
         self._views: dict[tuple[int, int], FileView] = {}
@@ -109,7 +115,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
-        return (*super()._checkpoint_config_keys, "original_size", "colour_weight", "deviation")
+        return (*super()._checkpoint_config_keys, "original_size", *PAPERS_MAP)
 
     @property
     def calibrated_with(self) -> dict[str, Any]:
@@ -200,7 +206,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             batch (InTraBatch): Batch with ``difference``.
         """
         maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
-        batch.update(pred_score=image_score(maps), anomaly_map=maps)
+        batch.update(pred_score=image_score(maps, self.score_share), anomaly_map=maps)
 
     def observe(self, batch: InTraBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.
@@ -224,7 +230,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             InferenceBatch: Scores ``(B,)``, maps ``(B, 1, H, W)`` in float32, labels and masks.
         """
         maps = self.raw_anomaly_map(predictions.difference)
-        return super().forward(InferenceBatch(pred_score=image_score(maps), anomaly_map=maps))
+        return super().forward(InferenceBatch(pred_score=image_score(maps, self.score_share), anomaly_map=maps))
 
     def post_process_batch(self, batch: InTraBatch) -> None:
         """Score a batch in place.
@@ -238,7 +244,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             if size not in self._views:
                 self._views[size] = file_view(self._gone_through, size)
             maps = self._views[size].place(maps, size)
-        batch.update(pred_score=image_score(maps), anomaly_map=maps)
+        batch.update(pred_score=image_score(maps, self.score_share), anomaly_map=maps)
         super().post_process_batch(batch)
 
     # ---- callback ----------------------------------------------------------------------------------------------------

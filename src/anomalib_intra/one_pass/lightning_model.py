@@ -34,6 +34,8 @@ from anomalib_intra.training.command_line import as_commanded
 
 #: Weight of eq. 16 beside the learned comparison, whose values are logits.
 _GMS_WEIGHT = 5.0
+#: Share of the pixels whose mean is the score of an image, chosen by synthetic defects: docs/results.md.
+_SCORE_SHARE = 0.005
 #: Shares of the training images that are spoiled, and that are seen in another light where that was asked for.
 _SPOILED, _IN_ANOTHER_LIGHT = 0.6, 0.7
 #: A pixel counts as spoiled if it changed by more than this, and a patch if more than this share of its pixels did.
@@ -118,10 +120,13 @@ class OnePassInTra(ReconstructionModule):
             raise ValueError(msg)
         check_counts(images_per_step=images_per_step, depth=depth, embed_dim=embed_dim, patch_size=patch_size)
         check_weights(alpha=alpha, beta=beta, learning_rate=learning_rate)
-        if self.post_processor.asked_settings.setdefault("deviation", "half") != "half":
+        asked = self.post_processor.asked_settings
+        if asked.setdefault("deviation", "half") != "half":
             msg = "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor."
             raise ValueError(msg)
         self.post_processor.deviation = "half"
+        if "score_share" not in asked:
+            self.post_processor.score_share = _SCORE_SHARE
         self.post_processor.raw_display_scale = None  # that of the paper is for squares of small differences
         self.learning_rate = learning_rate
         self.images_per_step = images_per_step
