@@ -17,6 +17,7 @@ from sklearn.metrics import roc_auc_score
 
 from anomalib_intra import InTra, cli
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.benchmark.charts import chart_of_time
 from anomalib_intra.benchmark.evaluation import AUROC, F1Max, unsaturated
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
 from anomalib_intra.benchmark.page import write_page
@@ -370,7 +371,8 @@ def test_whole_command(whole) -> None:
     assert intra[["image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max", "pixel_F1Max"]].between(0, 1).all()
     assert (intra[["fit_s", "test_s", "ms_per_image", "peak_memory_mib", "parameters", "steps"]] > 0).all()
     assert intra["epochs"] == 1
-    assert (output / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    for chart in ("benchmark.png", "categories.png"):
+        assert (output / chart).read_bytes().startswith(b"\x89PNG")
     page = (output / "benchmark.md").read_text()
     for text in ("Detection", "Segmentation", "camera-ready", "Failed runs", "none.pth", "| InTra", "nothing"):
         assert text in page
@@ -468,6 +470,35 @@ def test_camera_ready_means_stand_beside_the_first_version() -> None:
     for metric, first, last in (("image_AUROC", 95.94, 95.0), ("pixel_AUROC", 96.98, 96.6)):
         row = published_means(metric).iloc[0]
         assert (row["InTra"], row["InTra, camera-ready"]) == (first, last)
+
+
+def test_page_begins_with_advice_a_summary_and_the_chart_against_time(tmp_path: Path) -> None:
+    row = {"seed": 1, "image_F1Max": 0.5, "pixel_F1Max": None, "pixel_AUPRO": 0.5, "pixel_AUROC": 0.7, "error": ""}
+    costs = {"parameters": 1e6, "epochs": 1, "steps": 9, "peak_memory_mib": 9.0, "ms_per_image": 4.0}
+    of_models = [
+        ("A", "grid", 0.5, 60.0, "nothing"),
+        ("A", "screw", 1.0, 180.0, "nothing"),
+        ("B", "grid", 0.9, 0.0, "features"),
+    ]
+    rows = pd.DataFrame(
+        [
+            {**row, **costs, "model": model, "category": name, "image_AUROC": auroc, "fit_s": fit, "pretrained": saw}
+            for model, name, auroc, fit, saw in of_models
+        ]
+    )
+    page = write_page(rows, {"benchmark": {}, "notes": "Take A."}, tmp_path).read_text()
+    first = page.split("## ")[0]
+    places = [first.index(text) for text in ("Take A.", "| A ", "(benchmark.png)")]
+    assert places == sorted(places)
+    cells = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in first.splitlines()
+        if "|" in line
+    }
+    assert cells["A"] == ["75.0", "70.0", "50.0", "2.0", "4.0", "2 of 2", "nothing"]
+    assert cells["B"] == ["-", "-", "-", "0.0", "4.0", "1 of 2", "features"]
+    legend = [text.get_text() for text in chart_of_time(rows).legends[0].get_texts()]
+    assert legend == ["A", "B (1 of 2)"]
 
 
 def test_page_of_failures_alone(tmp_path: Path) -> None:

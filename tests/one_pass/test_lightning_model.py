@@ -102,7 +102,9 @@ def test_prediction_from_a_checkpoint_equals_that_of_the_model(
     assert torch.equal(*scores)
 
 
-def test_a_checkpoint_is_scored_as_it_was_calibrated_unless_asked_otherwise(trained_one_pass: Run, tmp_path: Path) -> None:
+def test_a_checkpoint_is_scored_as_it_was_calibrated_unless_asked_otherwise(
+    trained_one_pass: Run, tmp_path: Path
+) -> None:
     def loaded(checkpoint: Path, **options: float) -> OnePassInTra:
         return OnePassInTra.load_from_checkpoint(checkpoint, post_processor=InTraPostProcessor(**options))
 

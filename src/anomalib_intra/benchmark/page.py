@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page of a benchmark (Markdown), with its rows (CSV) and a bar chart (PNG) beside it."""
+"""The page of a benchmark (Markdown), with its rows (CSV) and charts (PNG) beside it."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from matplotlib.figure import Figure
 from pandas import DataFrame, Series
 
+from anomalib_intra.benchmark.charts import chart_of_categories, chart_of_time
 from anomalib_intra.benchmark.evaluation import METRICS
 from anomalib_intra.benchmark.machine import versions
-from anomalib_intra.benchmark.tables import comparison, markdown, published_means
+from anomalib_intra.benchmark.tables import comparison, markdown, published_means, summary
 
 _TITLES = {
     "image_AUROC": "Detection: image AUROC in %, the paper's Table 1 beside it",
@@ -28,15 +28,16 @@ _COSTS = {
     "ms_per_image": "ms per image",
     "peak_memory_mib": "peak memory (MiB)",
 }
+_SUMMARY = "Means over the categories; a model that lacks one has no mean here. Times are of one category.\n\n"
 _COST_HEADING = (
     "## Cost\n\nMean over the runs of a model. Milliseconds are at the run's own precision, from a resized image to "
-    "score and map. Peak memory is that of the whole run, computing the metrics included. Yardsticks have no training; "
+    "score and map. Peak memory is that of the whole run, computing the metrics included. Baselines have no training; "
     "their means are computed in the test.\n\n"
 )
 
 
 def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: Sequence[str] = ()) -> Path:
-    """Write ``benchmark.csv``, ``benchmark.png`` and ``benchmark.md``.
+    """Write ``benchmark.csv``, ``benchmark.md`` and its charts, ``benchmark.png`` and ``categories.png``.
 
     Args:
         rows (DataFrame): Rows of runs, failed ones among them.
@@ -50,10 +51,15 @@ def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: S
     output.mkdir(parents=True, exist_ok=True)
     rows.to_csv(output / "benchmark.csv", index=False)
     done, failed = rows[rows["error"] == ""], rows[rows["error"] != ""]
-    sections = [_heading(rows, config), *filter(None, [config.get("notes", "").strip()])]
+    sections = ["# Benchmark", *filter(None, [config.get("notes", "").strip()])]
     if len(done):
-        chart(done).savefig(output / "benchmark.png", dpi=120)
-        sections.append("![Image and pixel AUROC of every model and category](benchmark.png)")
+        chart_of_time(done).savefig(output / "benchmark.png", dpi=120)
+        sections.append(_SUMMARY + markdown(summary(done), digits=1))
+        sections.append("![Mean AUROC of every model against its training time](benchmark.png)")
+    sections.append(_how(rows, config))
+    if len(done):
+        chart_of_categories(done).savefig(output / "categories.png", dpi=120)
+        sections.append("![Image and pixel AUROC of every model and category](categories.png)")
         sections += [_section(done, metric) for metric in METRICS if done[metric].notna().any()]
         sections.append(_COST_HEADING + markdown(_costs(done), digits=1))
     if len(failed):
@@ -69,53 +75,19 @@ def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: S
     return page
 
 
-def chart(rows: DataFrame) -> Figure:
-    """Draw image and pixel AUROC of every model and category.
-
-    Args:
-        rows (DataFrame): Rows of runs that ended well.
-
-    Returns:
-        Figure: Two bar charts; the paper's InTra is marked where it has the category.
-
-    Example:
-        >>> rows = DataFrame({"model": "A", "category": ["grid"], "seed": 1, "image_AUROC": 0.9, "pixel_AUROC": 0.8})
-        >>> len(chart(rows).axes)
-        2
-    """
-    figure = Figure(figsize=(max(7.0, 1.2 + 0.35 * rows["category"].nunique() * (rows["model"].nunique() + 1)), 7))
-    models = list(dict.fromkeys(rows["model"]))
-    for axes, metric in zip(figure.subplots(2, 1, sharex=True), ("image_AUROC", "pixel_AUROC"), strict=True):
-        table = comparison(rows, metric)
-        table[models].plot.bar(ax=axes, rot=30, width=0.8, legend=False)
-        paper = table["InTra, paper"].to_numpy()
-        axes.plot(range(len(table)), paper, "k_", markersize=14, label="InTra in the paper")
-        axes.set_ylim(max(0, min(table[models].min().min(), 90) - 5), 100.5)
-        axes.set_ylabel(f"{metric.replace('_', ' ')} (%)")
-        axes.grid(axis="y", alpha=0.3)
-        axes.set_axisbelow(True)
-    figure.axes[0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(models) + 1, frameon=False)
-    for label in figure.axes[1].get_xticklabels():
-        label.set_horizontalalignment("right")
-    figure.tight_layout()
-    return figure
-
-
-def _heading(rows: DataFrame, config: dict[str, Any]) -> str:
+def _how(rows: DataFrame, config: dict[str, Any]) -> str:
     sizes = config["benchmark"].get("image_size", [256, 256])
     if isinstance(sizes, dict):
         reduced = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items()) + " pixels"
     else:
         reduced = f"{sizes[0]} x {sizes[1]} pixels"
-    seen = rows.drop_duplicates("model").set_index("model")["pretrained"]
     used = ", ".join(sorted(set(rows.get("device", Series(dtype=str)).dropna()))) or "nothing yet"
     return (
-        "# Benchmark\n\n"
+        "## How it was measured\n\n"
         "Written by `anomalib-intra benchmark --config CONFIG`, with the config at the end of this page. "
         f"Every model saw the same training, held-out and test images, reduced to {reduced}, and "
         "was scored at that size on raw scores: normalization, which clamps scores and so moves AUROC, is off for all. "
-        f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions()}.\n\n"
-        + DataFrame({"beside the training images, the model saw": seen}).to_markdown()
+        f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions()}."
     )
 
 

@@ -68,6 +68,43 @@ def by_category(rows: DataFrame, metric: str) -> DataFrame:
     return values.reindex(index=categories, columns=models)
 
 
+def summary(rows: DataFrame) -> DataFrame:
+    """Sum every model up in a row: what it reaches, what it costs and what it saw.
+
+    Args:
+        rows (DataFrame): Rows of runs that ended well.
+
+    Returns:
+        DataFrame: A row for each model. Means over the categories are NaN where one is missing.
+
+    Example:
+        >>> row = {"model": "A", "seed": 1, "fit_s": 90.0, "ms_per_image": 5.0, "pretrained": "nothing"}
+        >>> metrics = {"image_AUROC": 0.75, "pixel_AUROC": 0.5, "pixel_AUPRO": None}
+        >>> table = summary(DataFrame([{**row, **metrics, "category": name} for name in ("grid", "screw")]))
+        >>> table[["image AUROC (%)", "training (min)", "categories"]].loc["A"].tolist()
+        [75.0, 1.5, '2 of 2']
+    """
+    means = {
+        name: by_category(rows, metric).mean(skipna=False)
+        for name, metric in (
+            ("image AUROC (%)", "image_AUROC"),
+            ("pixel AUROC (%)", "pixel_AUROC"),
+            ("AUPRO (%)", "pixel_AUPRO"),
+        )
+    }
+    of_model = rows.groupby("model", sort=False)
+    categories = of_model["category"].nunique()
+    return DataFrame(
+        {
+            **means,
+            "training (min)": of_model["fit_s"].mean() / 60,
+            "ms per image": of_model["ms_per_image"].mean(),
+            "categories": categories.astype(str) + f" of {rows['category'].nunique()}",
+            "saw beside the training images": of_model["pretrained"].first(),
+        }
+    )
+
+
 def published_means(metric: str) -> DataFrame:
     """Give the means over all 15 categories as they were printed.
 
@@ -90,7 +127,7 @@ def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
 
     Args:
         table (DataFrame): Numbers, NaN where there is none.
-        digits (int | Sequence[int]): Digits after the point, of all columns or of each.
+        digits (int | Sequence[int]): Digits after the point, of all columns or of each; texts stay as they are.
 
     Returns:
         str: The table.
@@ -105,5 +142,8 @@ def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
     each = [digits] * len(table.columns) if isinstance(digits, int) else digits
     texts = table.astype(object)
     for column, number in zip(table.columns, each, strict=True):
-        texts[column] = ["-" if value != value else f"{value:.{number}f}" for value in table[column]]
+        texts[column] = [
+            value if isinstance(value, str) else "-" if value != value else f"{value:.{number}f}"
+            for value in table[column]
+        ]
     return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])

@@ -309,7 +309,7 @@ class ReconstructionModule(TrainedModule):
         saved = self.completed(checkpoint.get("hyper_parameters", {}))
         check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
         blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-        # What an older version does not say of its calibration is in its settings, or was as in the paper, and stays so.
+        # What an older version does not say of its calibration is in its settings, or was as in the paper: it stays so.
         checkpoint["anomalib_post_processor_config"] = {
             **PAPERS_MAP,
             **checkpoint.get("anomalib_post_processor_config", {}),

@@ -58,7 +58,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         ValueError: If a setting has no such value.
 
     ``colour_weight``, ``deviation`` and ``score_share`` are not in the paper; docs/results.md has what they gain and
-    lose. They may be asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
+    lose. They may be asked for when a checkpoint is loaded that was trained without; a test then calibrates the model
+    anew.
 
     Example:
         >>> post_processor = InTraPostProcessor()
