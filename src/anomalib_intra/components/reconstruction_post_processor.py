@@ -55,8 +55,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     Raises:
         ValueError: If a setting has no such value.
 
-    ``colour_weight`` and ``deviation`` are not in the paper; docs/lab/small-intra.md has what they gain and lose. Both may
-    be asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
+    ``colour_weight`` and ``deviation`` are not in the paper; docs/lab/small-intra.md has what they gain and lose. Both
+    may be asked for when a checkpoint is loaded that was trained without; a test then calibrates the model anew.
 
     Example:
         >>> post_processor = InTraPostProcessor()
