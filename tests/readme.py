@@ -17,6 +17,11 @@ SPANS: list[str] = re.findall(r"`([^`\n]+)`", _FENCED.sub("", TEXT))
 Words = list[str]
 
 
+def options_of_comments(script: str) -> list[Words]:
+    """Find the options that comments of a shell speak of."""
+    return [option.split() for option in re.findall(r"#.*?(--\S+ \w+)", script)]
+
+
 def commands(script: str) -> list[Words]:
     """Split lines of a shell into the words of each command, without comments."""
     lines = script.replace("\\\n", " ").splitlines()

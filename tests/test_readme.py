@@ -22,7 +22,7 @@ from anomalib_intra.training.named_configs import find_config
 
 from .conftest import CONFIGS, TINY, TINY_ONE_PASS, InThisProcess
 from .experiments.test_ablations import write_config
-from .readme import BLOCKS, ROOT, SPANS, Words, commands
+from .readme import BLOCKS, ROOT, SPANS, Words, commands, options_of_comments
 
 PROGRAMS = ("anomalib", "anomalib-intra")
 #: What sets up the environment, which tests cannot do; a test of the wheel and CI install the package.
@@ -73,6 +73,7 @@ SMALL: dict[str, Words] = {
 OF_BLOCKS = [words for language, block in BLOCKS if language == "bash" for words in commands(block)]
 IN_TEXT = [words for span in SPANS for words in commands(span) if words[0] in PROGRAMS]
 OPTIONS = [words for span in SPANS for words in commands(span) if words[0].startswith("--")]
+OPTIONS += [words for language, block in BLOCKS if language == "bash" for words in options_of_comments(block)]
 
 
 # ---- running what stands there ---------------------------------------------------------------------------------------
