@@ -102,6 +102,9 @@ def trained(request: pytest.FixtureRequest, files: list[Path], tmp_path_factory:
 
 
 intra_only = pytest.mark.parametrize("trained", ["trained_intra"], indirect=True, ids=["InTra"])
+intra_and_one_pass = pytest.mark.parametrize(
+    "trained", ["trained_intra", "trained_one_pass"], indirect=True, ids=["InTra", "OnePassInTra"]
+)
 
 
 def assert_same(got: Predictions, expected: Predictions) -> None:
@@ -166,7 +169,7 @@ def test_batches_of_any_size_score_like_single_images(trained: Trained, batch: i
 
 @pytest.fixture(scope="module")
 def with_reconstruction(trained: Trained) -> Path:
-    """InTra for images of one size, in which resizing is a product with constants, like a trained layer."""
+    """A model for images of one size, in which resizing is a product with constants, like a trained layer."""
     return trained.engine.export(
         trained.model,
         "onnx",
@@ -252,7 +255,7 @@ def test_int8_weights_are_those_of_trained_layers_and_score_alike(trained: Train
 # ---- the reconstruction ----------------------------------------------------------------------------------------------
 
 
-@intra_only
+@intra_and_one_pass
 def test_the_reconstruction_is_an_output_on_request(trained: Trained, with_reconstruction: Path) -> None:
     image = read(trained.files[-1])
     assert image.shape[-2:] == (70, 90)
@@ -263,7 +266,8 @@ def test_the_reconstruction_is_an_output_on_request(trained: Trained, with_recon
     resized = Resize((64, 64))(torch.from_numpy(image))
     np.testing.assert_allclose(got["image"], resized, **TOLERANCE)
     with torch.no_grad():
-        np.testing.assert_allclose(got["reconstruction"], trained.model.model.reconstruct(resized), **TOLERANCE)
+        expected = trained.model.compare(resized).reconstruction
+        np.testing.assert_allclose(got["reconstruction"], expected, **TOLERANCE)
         assert len(trained.model(resized)) == 4  # the model itself is as before
 
 

@@ -81,8 +81,8 @@ def summary(rows: DataFrame) -> DataFrame:
         >>> row = {"model": "A", "seed": 1, "fit_s": 90.0, "ms_per_image": 5.0, "pretrained": "nothing"}
         >>> metrics = {"image_AUROC": 0.75, "pixel_AUROC": 0.5, "pixel_AUPRO": None}
         >>> table = summary(DataFrame([{**row, **metrics, "category": name} for name in ("grid", "screw")]))
-        >>> table[["image AUROC (%)", "training (min)", "categories"]].loc["A"].tolist()
-        [75.0, 1.5, '2 of 2']
+        >>> print(table.to_csv().splitlines()[1])
+        A,75.0,50.0,,1.5,5.0,2 of 2,nothing
     """
     means = {
         name: by_category(rows, metric).mean(skipna=False)

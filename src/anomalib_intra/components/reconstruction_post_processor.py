@@ -57,9 +57,9 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     Raises:
         ValueError: If a setting has no such value.
 
-    ``colour_weight``, ``deviation`` and ``score_share`` are not in the paper; docs/results.md has what they gain and
-    lose. They may be asked for when a checkpoint is loaded that was trained without; a test then calibrates the model
-    anew.
+    ``colour_weight``, ``deviation`` and ``score_share`` are not in the paper; docs/lab/small-intra.md and
+    docs/lab/settings.md have what they gain and lose. They may be asked for when a checkpoint is loaded that was trained
+    without; a test then calibrates the model anew.
 
     Example:
         >>> post_processor = InTraPostProcessor()

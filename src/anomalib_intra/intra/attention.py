@@ -61,7 +61,7 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Compute softmax(q k^T / sqrt(dimension of q)) v for each head: eq. 7 and 8, with D'' in place of D' for MFSA."""
     scale = q.shape[-1] ** -0.5
     if v.device.type == "cpu" and v.dtype == torch.bfloat16:
-        # Forwards and backwards, torch's own kernel takes four to seven times as long here (docs/performance.md). As it
+        # Forwards and backwards, torch's own kernel takes four to seven times as long here (docs/lab/speed.md). As it
         # does, this keeps q k^T in float32: rounded, it would lose what a sharp softmax needs.
         with torch.autocast("cpu", enabled=False):
             weights = torch.softmax(scale * q.float() @ k.float().mT, dim=-1)
