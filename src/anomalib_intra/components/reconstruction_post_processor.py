@@ -57,8 +57,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     Raises:
         ValueError: If a setting has no such value.
 
-    ``colour_weight``, ``deviation`` and ``score_share`` are not in the paper; docs/lab/small-intra.md and
-    docs/lab/settings.md have what they gain and lose. They may be asked for when a checkpoint is loaded that was trained
+    ``colour_weight``, ``deviation`` and ``score_share`` are not in the paper; what they gain and lose is in
+    docs/lab/small-intra.md and docs/lab/settings.md. They may be asked for when a checkpoint is loaded that was trained
     without; a test then calibrates the model anew.
 
     Example:
