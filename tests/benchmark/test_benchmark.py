@@ -27,6 +27,7 @@ from anomalib_intra.benchmark.tables import comparison, published_means
 
 from ..conftest import CONFIGS, TINY, InThisProcess
 
+DOCUMENTED = Path(__file__).parents[2] / "docs/benchmark"
 PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"layers": ["layer1"], "n_features": 8}}
 
 
@@ -235,6 +236,24 @@ def test_shipped_config_is_right_and_gives_all_models_that_train_the_same_time()
     assert times == dict.fromkeys(trained, "00:00:30:00") | dict.fromkeys(
         ["PaDiM", "PatchCore", "flat image", "mean image"]
     )
+
+
+def test_documented_benchmark_is_that_of_the_shipped_config() -> None:
+    shipped, documented = (
+        yaml.safe_load(path.read_text()) for path in (CONFIGS / "benchmark.yaml", DOCUMENTED / "config.yaml")
+    )
+    for entry in documented["benchmark"]["model"]["grid"]:
+        entry.pop("backbone_weights", None)
+    assert documented["benchmark"] == shipped["benchmark"]
+
+
+def test_documented_benchmark_can_be_gone_on_with() -> None:
+    """Its page is that of the rows that are kept, and the command would not run them again."""
+    settings = yaml.safe_load((DOCUMENTED / "config.yaml").read_text())
+    done = [run for run in BenchmarkRuns(DOCUMENTED)(settings["benchmark"]) if run.is_done]
+    rows = pd.read_csv(DOCUMENTED / "benchmark.csv")
+    assert len(done) == len(list(DOCUMENTED.rglob("row.json"))) == len(rows) > 0
+    assert [run.row["image_AUROC"] for run in done] == pytest.approx(rows["image_AUROC"].tolist())
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
