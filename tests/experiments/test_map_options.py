@@ -15,7 +15,8 @@ from anomalib_intra.metrics import PaperEvaluator
 
 from ..conftest import tiny_engine, tiny_intra
 
-OPTIONS = ({}, {"colour_weight": 0.5, "deviation": "scaled"}, {"second_pass": True}, {"window_shift": 1})
+OF_THE_MAP = {"colour_weight": 0.5, "deviation": "scaled", "score_share": 0.05}
+OPTIONS = ({}, OF_THE_MAP, {"second_pass": True}, {"window_shift": 1})
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +47,11 @@ def test_rows_are_tests_with_these_options_and_images_are_reconstructed_once(
 
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out/map-options.csv"), table, check_exact=False)
     assert table["options"].tolist() == [
-        "as trained", "colour_weight=0.5, deviation=scaled", "second_pass=True", "window_shift=1"
+        "as trained", "colour_weight=0.5, deviation=scaled, score_share=0.05", "second_pass=True", "window_shift=1"
     ]  # fmt: skip
     assert len(table["pixel_AUROC"].unique()) == len(OPTIONS)
     for chosen, (_, row) in zip(OPTIONS, table.iterrows(), strict=True):
-        of_the_map = {name: value for name, value in chosen.items() if name in ("colour_weight", "deviation")}
+        of_the_map = {name: value for name, value in chosen.items() if name in OF_THE_MAP}
         model = InTra.load_from_checkpoint(
             checkpoint,
             post_processor=InTraPostProcessor(**of_the_map),

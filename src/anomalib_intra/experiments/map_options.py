@@ -25,6 +25,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"deviation": "positive"},
     {"deviation": "scaled"},
     {"colour_weight": 0.5, "deviation": "scaled"},
+    {"score_share": 0.005},
     {"second_pass": True},
     {"window_shift": 1},
 )
@@ -45,8 +46,8 @@ def map_options(
     Args:
         checkpoint (Path): Checkpoint of the model.
         datamodule (AnomalibDataModule): Data that it was trained on, and to test it on.
-        options (Sequence[dict]): Sets of ``colour_weight``, ``deviation``, ``second_pass`` and ``window_shift``; what a
-            set does not name is as in the checkpoint.
+        options (Sequence[dict]): Sets of ``colour_weight``, ``deviation``, ``score_share``, ``second_pass`` and
+            ``window_shift``; what a set does not name is as in the checkpoint.
         output (Path): Folder for ``map-options.csv``, written anew after each set.
 
     Returns:
