@@ -41,7 +41,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         pixel_sensitivity (float | None): The same for pixels.
         image_quantile (float | None): Share of held-out normal images at or below the image threshold. Defaults to
             0.99.
-        pixel_quantile (float | None): Share of their pixels at or below the pixel threshold. Defaults to 0.999.
+        pixel_quantile (float | None): Share of their pixels at or below the pixel threshold, at least. Defaults to
+            0.999.
         original_size (bool | None): Resize anomaly maps to the size of the image files before taking the maximum, and
             compare them with the masks at that size, as the paper does; False, the default, works at the model's size.
             Where images are cropped or padded, maps lie where they belong and are zero where the model sees nothing.
@@ -195,6 +196,17 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         self.training_std = torch.empty(0, device=self.suspicion_threshold.device)
         self.suspicion_threshold.fill_(torch.nan)
         super().reset()
+
+    @property
+    def smallest_pixel_threshold(self) -> float:
+        """Where maps are of logits, that of a pixel which is as likely defective as not; otherwise 0.
+
+        Some models know the normal pixels so well that all but a thousandth lie far below any defect. Around one, a
+        threshold at that quantile would call much anomalous that the model itself thinks is not.
+        """
+        if self.deviation != "half":
+            return 0.0
+        return float(anomaly_map(torch.zeros(()), self.training_mean.mean(), self.training_std, self.deviation))
 
     def suspect_above_pixel_threshold(self) -> None:
         """Have :meth:`suspicious` take the present pixel threshold, which belongs to the first of two passes."""

@@ -69,7 +69,8 @@ class UnsaturatedPostProcessor(PostProcessor):
         pixel_sensitivity (float | None): The same for pixels.
         image_quantile (float | None): Share of held-out normal images at or below the image threshold. Defaults to
             0.99.
-        pixel_quantile (float | None): Share of their pixels at or below the pixel threshold. Defaults to 0.999.
+        pixel_quantile (float | None): Share of their pixels at or below the pixel threshold, at least. Defaults to
+            0.999.
 
     Raises:
         ValueError: If a sensitivity or a quantile is no share.
@@ -135,13 +136,17 @@ class UnsaturatedPostProcessor(PostProcessor):
         self._images.add(batch.pred_score, batch.gt_label, normal)
         self._pixels.add(batch.anomaly_map, batch.gt_mask, normal)
 
+    @property
+    def smallest_pixel_threshold(self) -> float:
+        """What the threshold of pixels is at least, however low the maps of normal images are."""
+        return 0.0
+
     def set_thresholds(self) -> None:
         """Set the thresholds from all images observed since the last call."""
         some_anomalous = bool(gathered(self._image_threshold.new_tensor([float(self._anomalies_seen)])).any())
-        for threshold, metric, observed, quantile in (
-            (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile),
-            (self._pixel_threshold, self._pixel_threshold_metric, self._pixels, self.pixel_quantile),
-        ):
+        of_images = (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile, 0.0)
+        of_pixels = (self._pixel_threshold, self._pixel_threshold_metric, self._pixels, self.pixel_quantile)
+        for threshold, metric, observed, quantile, smallest in (of_images, (*of_pixels, self.smallest_pixel_threshold)):
             values, truth, normal = (gathered(part.to(threshold.device)) for part in observed.all())
             if some_anomalous and not len(normal):
                 logger.warning(
@@ -156,7 +161,7 @@ class UnsaturatedPostProcessor(PostProcessor):
                 metric.reset()
             elif len(normal):
                 # NumPy, since torch.quantile takes no more than 16 million values.
-                threshold.fill_(float(np.quantile(normal.cpu().numpy(), quantile)))
+                threshold.fill_(max(smallest, float(np.quantile(normal.cpu().numpy(), quantile))))
         self._forget()
 
     def _forget(self) -> None:

@@ -5,35 +5,41 @@ import torch
 from einops import rearrange
 from timm.layers import Mlp
 from torch import nn
+from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
 _HIDDEN, _FEATURES = 256, 64
+#: A value changed visibly if by more than this.
+_CHANGED = 0.04
+#: A replaced pixel is spoiled if more than this share of the square around it, of this side, changed visibly.
+_SHARE, _SQUARE = 0.1, 9
 
 
 class ComparisonHead(nn.Module):
-    """Tells for each patch whether it is as expected; trained to find the parts of training images that were spoiled.
+    """Tells for each pixel whether it is as expected; trained to find the parts of training images that were spoiled.
 
     A difference in brightness that normal parts show, too, counts for less than one that they never show: eq. 16 cannot
     tell the two apart, this learns it. Its gradients do not reach the transformer, which would paint worse.
 
     Args:
         embed_dim (int): Latent dimension D.
-        patch_dim (int): Values K * K * C of a patch.
+        patch_size (int): Side length K of a patch in pixels.
 
     Example:
         >>> tokens, patches = torch.rand(2, 4, 6, 32), torch.rand(2, 4, 6, 192)
-        >>> ComparisonHead(32, 192)(tokens, tokens, patches, patches).shape
-        torch.Size([2, 4, 6])
+        >>> ComparisonHead(32, 8)(tokens, tokens, patches, patches).shape
+        torch.Size([2, 32, 48])
     """
 
-    def __init__(self, embed_dim: int, patch_dim: int) -> None:
+    def __init__(self, embed_dim: int, patch_size: int) -> None:
         super().__init__()
-        self.patch_embedding = nn.Linear(3 * patch_dim, embed_dim)
+        self.patch_size = patch_size
+        self.patch_embedding = nn.Linear(3 * 3 * patch_size**2, embed_dim)
         self.mlp = Mlp(3 * embed_dim, _HIDDEN, _FEATURES)
         self.neighbours = nn.Sequential(
             nn.GELU(),
             nn.Conv2d(_FEATURES, _FEATURES, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(_FEATURES, 1, 3, padding=1),
+            nn.Conv2d(_FEATURES, patch_size**2, 3, padding=1),
         )
 
     def forward(
@@ -48,10 +54,43 @@ class ComparisonHead(nn.Module):
             painted (torch.Tensor): The patches that were painted in their place, of the same shape.
 
         Returns:
-            torch.Tensor: Logits, shape ``(B, N, M)``.
+            torch.Tensor: Logits of the pixels, shape ``(B, N * K, M * K)``.
         """
         expected, seen, painted = expected.detach(), seen.detach(), painted.detach()
         differences = self.patch_embedding(torch.cat([patches, painted, patches - painted], dim=-1))
         features = self.mlp(torch.cat([expected, seen, differences], dim=-1))
         logits = self.neighbours(rearrange(features, "b n m d -> b d n m"))
-        return rearrange(logits, "b 1 n m -> b n m")
+        return rearrange(logits, "b (k1 k2) n m -> b (n k1) (m k2)", k1=self.patch_size)
+
+
+def comparison_loss(
+    suspicion: torch.Tensor, images: torch.Tensor, spoiled: torch.Tensor, replaced: torch.Tensor
+) -> torch.Tensor:
+    """Cross-entropy of which pixels were spoiled.
+
+    Spoiled is what was replaced, where that can be seen: also a pixel that happens to look as before, if those around
+    it do not, for defects have no holes. At the rim, where little was replaced, either answer is right.
+
+    Args:
+        suspicion (torch.Tensor): Logits of the pixels, shape ``(B, H, W)``.
+        images (torch.Tensor): Clean images in [0, 1], shape ``(B, 3, H, W)``.
+        spoiled (torch.Tensor): The same images spoiled.
+        replaced (torch.Tensor): How much of each pixel was replaced, in [0, 1], shape ``(B, 1, H, W)``.
+
+    Returns:
+        torch.Tensor: The loss, a scalar.
+
+    Example:
+        >>> images, replaced = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
+        >>> replaced[..., 4:12, 4:12] = 1
+        >>> found = 40 * replaced[:, 0] - 20
+        >>> float(comparison_loss(found, images, images + replaced, replaced)) < 1e-6
+        True
+    """
+    changed = ((spoiled - images).abs().amax(dim=1, keepdim=True) > _CHANGED) & (replaced > 0)
+    around = avg_pool2d(changed.float(), _SQUARE, stride=1, padding=_SQUARE // 2)
+    mostly = replaced > replaced.amax(dim=(2, 3), keepdim=True) / 2
+    is_spoiled = mostly & (around > _SHARE)
+    matters = is_spoiled | (replaced == 0) | (around == 0)
+    loss = binary_cross_entropy_with_logits(suspicion.float(), is_spoiled[:, 0].float(), reduction="none")
+    return (loss * matters[:, 0]).mean()

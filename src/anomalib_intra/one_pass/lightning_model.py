@@ -11,10 +11,9 @@ from anomalib.metrics import Evaluator
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
-from einops import rearrange, reduce
+from einops import reduce
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.progress import track
-from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits, interpolate
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,6 +26,7 @@ from anomalib_intra.components.trained_module import Sampling
 from anomalib_intra.data.images import ImageSamples, cut_images, sample_images
 from anomalib_intra.data.samples import as_fractions
 from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
+from anomalib_intra.one_pass.comparison import comparison_loss
 from anomalib_intra.one_pass.loss import PaintingLoss
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
@@ -38,8 +38,6 @@ _GMS_WEIGHT = 5.0
 _SCORE_SHARE = 0.005
 #: Shares of the training images that are spoiled, and that are seen in another light where that was asked for.
 _SPOILED, _IN_ANOTHER_LIGHT = 0.6, 0.7
-#: A pixel counts as spoiled if it changed by more than this, and a patch if more than this share of its pixels did.
-_CHANGED, _SPOILED_PATCH = 0.04, 0.1
 
 
 class OnePassInTra(ReconstructionModule):
@@ -49,7 +47,7 @@ class OnePassInTra(ReconstructionModule):
     from a window of its own; here all are painted at once, and so in a hundredth of the time. A hole around each patch
     is hidden from it: the patch alone, or also the patches up to ``radius`` away. Training images are spoiled, and the
     clean image is asked for, so that the model does not go on with a defect that it sees beside a hole. A head learns
-    to tell spoiled patches from the others by what was expected in their place.
+    to tell spoiled pixels from the others by what was expected in their place.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``.
@@ -216,7 +214,7 @@ class OnePassInTra(ReconstructionModule):
             batch (ImageSamples): Images of a step.
 
         Returns:
-            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which patches were spoiled.
+            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which pixels were spoiled.
         """
         images = cut_images(batch)
         others = torch.randint(len(batch.image), (len(batch),))
@@ -229,18 +227,7 @@ class OnePassInTra(ReconstructionModule):
         radius = self.model.radii[int(torch.randint(len(self.model.radii), ()))]
 
         _, painted, suspicion = self.model.paint(spoiled, (radius,))
-        return self.loss(images, painted[:, 0]) + self._cross_entropy(suspicion[:, 0], images, spoiled, replaced)
-
-    def _cross_entropy(
-        self, suspicion: torch.Tensor, images: torch.Tensor, spoiled: torch.Tensor, replaced: torch.Tensor
-    ) -> torch.Tensor:
-        changed = ((spoiled - images).abs().amax(dim=1, keepdim=True) > _CHANGED) * replaced
-        share = rearrange(avg_pool2d(changed, self.model.patch_size), "b 1 n m -> b n m")
-        is_spoiled = share > _SPOILED_PATCH
-        # Of a patch that changed a little, either answer is right.
-        matters = is_spoiled | (share == 0)
-        loss = binary_cross_entropy_with_logits(suspicion.float(), is_spoiled.float(), reduction="none")
-        return (loss * matters).mean()
+        return self.loss(images, painted[:, 0]) + comparison_loss(suspicion[:, 0], images, spoiled, replaced)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageSamples, batch_idx: int) -> None:
         """Stop the clock of the step, and the training when its time is up."""
@@ -275,8 +262,7 @@ class OnePassInTra(ReconstructionModule):
         originals = image[:, None].expand_as(painted).flatten(0, 1)
         of_each = difference_map(originals, painted.flatten(0, 1), self.post_processor.colour_weight)
         by_gms = reduce(of_each, "(b r) 1 h w -> b 1 h w", "mean", r=radii)
-        by_head = reduce(suspicion.float(), "b r n m -> b 1 n m", "mean")
-        by_head = interpolate(by_head, size=by_gms.shape[-2:], mode="bilinear", align_corners=False)
+        by_head = reduce(suspicion.float(), "b r h w -> b 1 h w", "mean")
         return Comparison(image, painted.float().mean(dim=1), by_head + _GMS_WEIGHT * by_gms)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -288,6 +274,17 @@ class OnePassInTra(ReconstructionModule):
         checkpoint["seconds_trained"] = self._seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore how long the model has been trained."""
+        """Restore how long the model has been trained.
+
+        Raises:
+            ValueError: If the checkpoint is of another architecture, or of a version whose head told patches apart.
+        """
+        head = checkpoint["state_dict"].get("model.comparison.neighbours.3.bias")
+        if head is not None and len(head) == 1 and self.model.patch_size > 1:
+            msg = (
+                "This checkpoint is of an earlier OnePassInTra, which compared patches as a whole; this one compares "
+                "their pixels: train it anew, or load the checkpoint with the version that made it."
+            )
+            raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
         self._seconds = checkpoint.get("seconds_trained", 0.0)
