@@ -247,6 +247,37 @@ def test_thresholds_of_normal_images_are_quantiles() -> None:
     assert float(post_processor.pixel_threshold) == pytest.approx(np.quantile(maps.numpy(), 0.9), rel=1e-6)
 
 
+@pytest.mark.parametrize(("level", "decides"), [(-20.0, "even odds"), (4.0, "quantile")])
+def test_of_logits_no_pixel_is_anomalous_that_is_more_likely_normal(level: float, decides: str) -> None:
+    post_processor = InTraPostProcessor(deviation="half", enable_normalization=False, pixel_quantile=0.9)
+    torch.manual_seed(0)
+    logits = level + torch.randn(4, 1, 32, 32)
+    post_processor.set_training_mean(torch.full((1, 1, 32, 32), -8.0))
+    batch = batch_of(4, [0] * 4)
+    batch.update(difference=logits)
+    post_processor.observe(batch)
+    post_processor.set_thresholds()
+    # At even odds the logit is 0; half the training mean is taken off before the softplus.
+    expected = {"even odds": np.log1p(np.exp(4.0)), "quantile": np.quantile(np.log1p(np.exp(logits + 4.0)), 0.9)}
+    assert float(post_processor.pixel_threshold) == pytest.approx(expected[decides], rel=1e-5)
+    assert float(post_processor.image_threshold) == pytest.approx(
+        np.quantile(np.log1p(np.exp(logits + 4.0)).amax(dim=(1, 2, 3)), 0.99), rel=1e-5
+    )
+    differences = torch.tensor([[-0.01, 0.01]]).expand(1, 1, 32, 2).repeat(1, 1, 1, 16)
+    masks = post_processor(Comparison(batch.image[:1], batch.image[:1], differences)).pred_mask
+    assert torch.equal(masks, (differences > 0) & (decides == "even odds"))
+
+
+def test_labelled_anomalies_decide_whatever_the_odds() -> None:
+    post_processor = InTraPostProcessor(deviation="half")
+    post_processor.set_training_mean(torch.full((1, 1, 32, 32), -8.0))
+    batch = batch_of(8, [0, 1, 0, 0, 1, 0, 1, 1])
+    batch.update(difference=-12 + 2 * batch.gt_mask[:, None].float())
+    post_processor.observe(batch)
+    post_processor.set_thresholds()
+    assert float(post_processor.pixel_threshold) == pytest.approx(np.log1p(np.exp(-6.0)), rel=1e-4)
+
+
 def test_thresholds_with_labelled_anomalies_are_those_of_the_best_f1() -> None:
     post_processor = calibrated()
     batch = batch_of(8, [0, 1, 0, 0, 1, 0, 1, 1])

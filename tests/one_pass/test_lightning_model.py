@@ -37,8 +37,7 @@ def test_difference_maps_are_logits_of_the_head_and_equation_16_of_all_radii(tra
     expected = torch.zeros(2, 1, 64, 64, dtype=torch.float64)
     for number in range(3):
         expected += 5 * difference_map(images, painting.painted[:, number]).double() / 3
-        logits = painting.suspicion[:, number : number + 1]
-        expected += torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear").double() / 3
+        expected += painting.suspicion[:, number : number + 1].double() / 3
     torch.testing.assert_close(compared.difference.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compared.reconstruction, painting.painted.mean(dim=1))
     raw = model.post_processor.raw_anomaly_map(compared.difference)
@@ -136,6 +135,17 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     other = tiny_one_pass(radii=(0, 1))
     with pytest.raises(ValueError, match=r"another OnePassInTra, with radii=\(0, 1, 2\) \(here \(0, 1\)\)"):
         tiny_engine(tmp_path).test(other, datamodule=demo, ckpt_path=trained_one_pass.checkpoint)
+
+
+def test_a_checkpoint_whose_head_compared_whole_patches_is_refused(trained_one_pass: Run, tmp_path: Path) -> None:
+    path = tmp_path / "earlier.ckpt"
+    checkpoint = torch.load(trained_one_pass.checkpoint, weights_only=False)
+    for name in ("weight", "bias"):
+        of_all = checkpoint["state_dict"][f"model.comparison.neighbours.3.{name}"]
+        checkpoint["state_dict"][f"model.comparison.neighbours.3.{name}"] = of_all[:1]
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="compared patches as a whole.*train it anew"):
+        OnePassInTra.load_from_checkpoint(path)
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,7 @@ def test_the_comparison_sees_the_patch_and_does_not_teach_the_transformer():
     images = rand(1, 3, 14, 20, seed=3)
     before = model(images).suspicion
     images[..., :K, :K] = 1 - images[..., :K, :K]  # in its own hole, whatever the radius
-    assert ((model(images).suspicion - before)[..., 0, 0].abs() > 1e-9).all()
+    assert ((model(images).suspicion - before)[..., :K, :K].abs() > 1e-9).all()
     model(images).suspicion.sum().backward()
     taught = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert taught == {"comparison"}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which pixels the comparison is taught to find."""
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from anomalib_intra.one_pass.comparison import ComparisonHead, comparison_loss
+from anomalib_intra.one_pass.spoiling import spoil
+
+
+def by_loops(suspicion, images, spoiled, replaced):
+    """The loss pixel by pixel, in float64."""
+    total, (count, _, height, width) = 0.0, images.shape
+    change = ((spoiled - images).double().abs().amax(dim=1) > 0.04) & (replaced[:, 0] > 0)
+    for b in range(count):
+        most = float(replaced[b].max())
+        for y in range(height):
+            for x in range(width):
+                around = change[b, max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].sum() / 81
+                amount = float(replaced[b, 0, y, x])
+                is_spoiled = amount > most / 2 and around > 0.1
+                if is_spoiled or amount == 0 or around == 0:
+                    target = torch.tensor(float(is_spoiled), dtype=torch.float64)
+                    total += float(binary_cross_entropy_with_logits(suspicion[b, y, x].double(), target))
+    return total / (count * height * width)
+
+
+def test_it_is_the_loss_by_loops():
+    torch.manual_seed(0)
+    images, donors = torch.rand(2, 4, 3, 24, 32)
+    images = (images > 0.5) * 0.1 + 0.4  # so that much of what is replaced looks as before
+    spoiled, replaced = spoil(images, donors.round() * 0.1 + 0.4, share=0.9)
+    suspicion = 3 * torch.randn(4, 24, 32)
+    assert 0 < replaced.mean() < 1
+    expected = by_loops(suspicion, images, spoiled, replaced)
+    assert float(comparison_loss(suspicion, images, spoiled, replaced)) == pytest.approx(expected, rel=1e-5)
+
+
+def gradient(images, spoiled, replaced):
+    """What pulls the logit of each pixel: up where negative, down where positive."""
+    suspicion = torch.zeros(images[:, 0].shape, requires_grad=True)
+    comparison_loss(suspicion, images, spoiled, replaced).backward()
+    return suspicion.grad.sign()[0]
+
+
+def test_a_defect_has_no_holes_and_its_rim_is_left_open():
+    images, replaced = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
+    replaced[..., 7:23, 7:23] = 0.3  # a soft rim
+    replaced[..., 8:22, 8:22] = 0.8
+    spoiled = images + replaced
+    spoiled[..., 14:16, 14:16] = 0  # replaced by what looks as before
+    pulls = gradient(images, spoiled, replaced)
+    assert (pulls[8:22, 8:22] == -1).all()
+    rim = torch.zeros(32, 32, dtype=torch.bool)
+    rim[7:23, 7:23] = True
+    rim[8:22, 8:22] = False
+    assert (pulls[rim] == 0).all()
+    assert (pulls[replaced[0, 0] == 0] == 1).all()
+
+
+def test_what_cannot_be_seen_is_not_asked_for():
+    images, replaced = torch.zeros(1, 3, 32, 32), torch.zeros(1, 1, 32, 32)
+    replaced[..., 8:20, 8:20] = 1
+    assert (gradient(images, images, replaced) == 1).all()  # plain background by plain background
+    assert (gradient(images, images + 0.03, torch.zeros_like(replaced)) == 1).all()
+
+
+def test_the_head_learns_where_within_a_patch():
+    torch.manual_seed(0)
+    K, head = 4, ComparisonHead(8, 4)  # noqa: N806
+    optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
+
+    def batch():
+        images, replaced = torch.rand(8, 3, 24, 24), torch.zeros(8, 1, 24, 24)
+        for one in replaced:
+            y, x = torch.randint(0, 18, (2,)).tolist()
+            one[:, y : y + 6, x : x + 6] = 1
+        spoiled = torch.where(replaced > 0, 1 - images, images)
+        tokens = torch.zeros(8, 6, 6, 8)
+        flat = [
+            x.unfold(2, K, K).unfold(3, K, K).permute(0, 2, 3, 4, 5, 1).reshape(8, 6, 6, -1) for x in (spoiled, images)
+        ]
+        return images, spoiled, replaced, head(tokens, tokens, *flat)
+
+    for _ in range(400):
+        images, spoiled, replaced, logits = batch()
+        optimizer.zero_grad()
+        comparison_loss(logits, images, spoiled, replaced).backward()
+        optimizer.step()
+    _, _, replaced, logits = batch()
+    found, there = logits > 0, replaced[:, 0] > 0
+    overlap = (found & there).sum() / (found | there).sum()
+    # The squares fill a part of most patches they touch: whole patches would make 0.5.
+    whole = torch.nn.functional.interpolate(torch.nn.functional.max_pool2d(replaced, K), scale_factor=K)[:, 0] > 0
+    assert (there & whole).sum() / whole.sum() < 0.6
+    assert overlap > 0.75
