@@ -68,7 +68,7 @@ def test_what_cannot_be_seen_is_not_asked_for():
 
 def test_the_head_learns_where_within_a_patch():
     torch.manual_seed(0)
-    K, head = 4, ComparisonHead(8, 4)  # noqa: N806
+    K, head = 4, ComparisonHead(8, 4)
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
 
     def batch():

@@ -144,7 +144,7 @@ def test_a_checkpoint_whose_head_compared_whole_patches_is_refused(trained_one_p
         of_all = checkpoint["state_dict"][f"model.comparison.neighbours.3.{name}"]
         checkpoint["state_dict"][f"model.comparison.neighbours.3.{name}"] = of_all[:1]
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match="compared patches as a whole.*train it anew"):
+    with pytest.raises(ValueError, match=r"compared patches as a whole.*train it anew"):
         OnePassInTra.load_from_checkpoint(path)
 
 
