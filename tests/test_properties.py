@@ -112,7 +112,8 @@ def test_no_patch_sees_its_hole_and_each_image_sees_the_rest(model: OnePassTrans
         of_radius = before.painted[:, model.radii.index(radius)]
         inside, outside = (model(torch.where(where, 1 - images, images)) for where in (hole, ~hole))
     assert before.painted.shape == (len(images), len(model.radii), 3, height, width)
-    assert before.suspicion.shape == (len(images), len(model.radii), height, width)
+    assert before.of_patches.shape == (len(images), len(model.radii), height // K, width // K)
+    assert before.of_pixels.shape == (len(images), len(model.radii), height, width)
     assert all(x.isfinite().all() for x in before)
     # Not one bit, in any image of the batch; while what lies outside of the hole does change the patch.
     changed = [(x.painted[:, model.radii.index(radius)] != of_radius)[..., patch] for x in (inside, outside)]
@@ -124,8 +125,8 @@ def test_no_patch_sees_its_hole_and_each_image_sees_the_rest(model: OnePassTrans
 @given(model=one_pass_models(), data=st.data())
 def test_gradients_are_finite_whatever_the_model_and_the_images(model: OnePassTransformer, data: st.DataObject) -> None:
     images = data.draw(batches(model.image_size)).float() * data.draw(st.sampled_from([0.0, 1e-3, 1.0]))
-    _, painted, suspicion = model(images)
-    (painted.square().mean() + suspicion.square().mean()).backward()
+    _, *outputs = model(images)
+    sum(x.square().mean() for x in outputs).backward()
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
     assert model.to_pixels.weight.grad.any()
 

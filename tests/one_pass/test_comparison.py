@@ -9,21 +9,36 @@ from anomalib_intra.one_pass.comparison import ComparisonHead, comparison_loss
 from anomalib_intra.one_pass.spoiling import spoil
 
 
-def by_loops(suspicion, images, spoiled, replaced):
-    """The loss pixel by pixel, in float64."""
-    total, (count, _, height, width) = 0.0, images.shape
-    change = ((spoiled - images).double().abs().amax(dim=1) > 0.04) & (replaced[:, 0] > 0)
+def by_loops(of_patches, of_pixels, images, spoiled, replaced):
+    """The loss patch by patch and pixel by pixel, in float64."""
+    count, _, height, width = images.shape
+    K = height // of_patches.shape[1]
+    visible = (spoiled - images).double().abs().amax(dim=1) > 0.04
+
+    def mean_loss(logits, answers):
+        """Answers are True, False, or None where either is right."""
+        losses = [
+            0.0
+            if answer is None
+            else float(binary_cross_entropy_with_logits(logit, torch.tensor(float(answer)).double()))
+            for logit, answer in zip(logits.double().flatten(), answers, strict=True)
+        ]
+        return sum(losses) / len(losses)
+
+    patches, pixels = [], []
     for b in range(count):
-        most = float(replaced[b].max())
+        for y in range(0, height, K):
+            for x in range(0, width, K):
+                share = (replaced[b, 0].double() * visible[b])[y : y + K, x : x + K].mean()
+                patches.append(True if share > 0.1 else False if share == 0 else None)
+        changed = visible[b] & (replaced[b, 0] > 0)
         for y in range(height):
             for x in range(width):
-                around = change[b, max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].sum() / 81
+                around = changed[max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].sum() / 81
                 amount = float(replaced[b, 0, y, x])
-                is_spoiled = amount > most / 2 and around > 0.1
-                if is_spoiled or amount == 0 or around == 0:
-                    target = torch.tensor(float(is_spoiled), dtype=torch.float64)
-                    total += float(binary_cross_entropy_with_logits(suspicion[b, y, x].double(), target))
-    return total / (count * height * width)
+                spoiled_here = amount > float(replaced[b].max()) / 2 and around > 0.1
+                pixels.append(True if spoiled_here else False if amount == 0 or around == 0 else None)
+    return mean_loss(of_patches, patches) + mean_loss(of_pixels, pixels)
 
 
 def test_it_is_the_loss_by_loops():
@@ -31,17 +46,17 @@ def test_it_is_the_loss_by_loops():
     images, donors = torch.rand(2, 4, 3, 24, 32)
     images = (images > 0.5) * 0.1 + 0.4  # so that much of what is replaced looks as before
     spoiled, replaced = spoil(images, donors.round() * 0.1 + 0.4, share=0.9)
-    suspicion = 3 * torch.randn(4, 24, 32)
+    of_patches, of_pixels = 3 * torch.randn(4, 3, 4), 3 * torch.randn(4, 24, 32)
     assert 0 < replaced.mean() < 1
-    expected = by_loops(suspicion, images, spoiled, replaced)
-    assert float(comparison_loss(suspicion, images, spoiled, replaced)) == pytest.approx(expected, rel=1e-5)
+    expected = by_loops(of_patches, of_pixels, images, spoiled, replaced)
+    assert float(comparison_loss(of_patches, of_pixels, images, spoiled, replaced)) == pytest.approx(expected, rel=1e-5)
 
 
 def gradient(images, spoiled, replaced):
     """What pulls the logit of each pixel: up where negative, down where positive."""
-    suspicion = torch.zeros(images[:, 0].shape, requires_grad=True)
-    comparison_loss(suspicion, images, spoiled, replaced).backward()
-    return suspicion.grad.sign()[0]
+    of_pixels = torch.zeros(images[:, 0].shape, requires_grad=True)
+    comparison_loss(torch.zeros(1, 4, 4), of_pixels, images, spoiled, replaced).backward()
+    return of_pixels.grad.sign()[0]
 
 
 def test_a_defect_has_no_holes_and_its_rim_is_left_open():
@@ -81,15 +96,15 @@ def test_the_head_learns_where_within_a_patch():
         flat = [
             x.unfold(2, K, K).unfold(3, K, K).permute(0, 2, 3, 4, 5, 1).reshape(8, 6, 6, -1) for x in (spoiled, images)
         ]
-        return images, spoiled, replaced, head(tokens, tokens, *flat)
+        return images, spoiled, replaced, *head(tokens, tokens, *flat)
 
-    for _ in range(400):
-        images, spoiled, replaced, logits = batch()
+    for _ in range(800):
+        images, spoiled, replaced, of_patches, of_pixels = batch()
         optimizer.zero_grad()
-        comparison_loss(logits, images, spoiled, replaced).backward()
+        comparison_loss(of_patches, of_pixels, images, spoiled, replaced).backward()
         optimizer.step()
-    _, _, replaced, logits = batch()
-    found, there = logits > 0, replaced[:, 0] > 0
+    _, _, replaced, _, of_pixels = batch()
+    found, there = of_pixels > 0, replaced[:, 0] > 0
     overlap = (found & there).sum() / (found | there).sum()
     # The squares fill a part of most patches they touch: whole patches would make 0.5.
     whole = torch.nn.functional.interpolate(torch.nn.functional.max_pool2d(replaced, K), scale_factor=K)[:, 0] > 0

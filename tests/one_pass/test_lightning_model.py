@@ -37,7 +37,9 @@ def test_difference_maps_are_logits_of_the_head_and_equation_16_of_all_radii(tra
     expected = torch.zeros(2, 1, 64, 64, dtype=torch.float64)
     for number in range(3):
         expected += 5 * difference_map(images, painting.painted[:, number]).double() / 3
-        expected += painting.suspicion[:, number : number + 1].double() / 3
+        patches, pixels = (x[:, number : number + 1] for x in (painting.of_patches, painting.of_pixels))
+        of_both = torch.nn.functional.interpolate(patches, (64, 64), mode="bilinear").double() + pixels.double()
+        expected += of_both / 2 / 3
     torch.testing.assert_close(compared.difference.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(compared.reconstruction, painting.painted.mean(dim=1))
     raw = model.post_processor.raw_anomaly_map(compared.difference)
@@ -144,7 +146,7 @@ def test_a_checkpoint_whose_head_compared_whole_patches_is_refused(trained_one_p
         of_all = checkpoint["state_dict"][f"model.comparison.neighbours.3.{name}"]
         checkpoint["state_dict"][f"model.comparison.neighbours.3.{name}"] = of_all[:1]
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"compared patches as a whole.*train it anew"):
+    with pytest.raises(ValueError, match=r"compared patches as a whole alone.*train it anew"):
         OnePassInTra.load_from_checkpoint(path)
 
 

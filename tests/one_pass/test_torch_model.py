@@ -172,8 +172,8 @@ def test_gradients_are_finite_and_reach_every_parameter(radius, amp):
         model = build(grid, radii=(-1, 0, 2)).float()
         images = rand(2, 3, grid[0] * K, grid[1] * K, dtype=torch.float32)
         with autocast(amp):
-            _, painted, suspicion = model.paint(images, (radius,))
-        (painted.float().square().mean() + suspicion.float().square().mean()).backward()
+            _, *outputs = model.paint(images, (radius,))
+        sum(x.float().square().mean() for x in outputs).backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
@@ -236,9 +236,9 @@ def test_whole_model_gives_the_same_on_the_plain_path(amp, monkeypatch):
 
     def run():
         with autocast(amp):
-            _, painted, suspicion = model(images)
-        loss = painted.float().square().mean() + suspicion.float().square().mean()
-        return painted, suspicion, *torch.autograd.grad(loss, list(model.parameters()))
+            _, *outputs = model(images)
+        loss = sum(x.float().square().mean() for x in outputs)
+        return *outputs, *torch.autograd.grad(loss, list(model.parameters()))
 
     fast = run()
     monkeypatch.setattr(attention, "_on_cpu", lambda _: False)
@@ -291,10 +291,12 @@ def test_values_outside_of_the_range_are_refused(value, message):
 def test_the_comparison_sees_the_patch_and_does_not_teach_the_transformer():
     model = build()
     images = rand(1, 3, 14, 20, seed=3)
-    before = model(images).suspicion
+    before = model(images)
     images[..., :K, :K] = 1 - images[..., :K, :K]  # in its own hole, whatever the radius
-    assert ((model(images).suspicion - before)[..., :K, :K].abs() > 1e-9).all()
-    model(images).suspicion.sum().backward()
+    after = model(images)
+    assert ((after.of_patches - before.of_patches)[..., 0, 0].abs() > 1e-9).all()
+    assert ((after.of_pixels - before.of_pixels)[..., :K, :K].abs() > 1e-9).all()
+    (after.of_patches.sum() + after.of_pixels.sum()).backward()
     taught = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert taught == {"comparison"}
 

@@ -10,15 +10,17 @@ from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 _HIDDEN, _FEATURES = 256, 64
 #: A value changed visibly if by more than this.
 _CHANGED = 0.04
-#: A replaced pixel is spoiled if more than this share of the square around it, of this side, changed visibly.
+#: A patch is spoiled if more than this share of it changed visibly, and a replaced pixel if more than this share of the
+#: square around it did, whose side this is.
 _SHARE, _SQUARE = 0.1, 9
 
 
 class ComparisonHead(nn.Module):
-    """Tells for each pixel whether it is as expected; trained to find the parts of training images that were spoiled.
+    """Tells for each patch and pixel whether it is as expected; trained to find the spoiled parts of training images.
 
     A difference in brightness that normal parts show, too, counts for less than one that they never show: eq. 16 cannot
-    tell the two apart, this learns it. Its gradients do not reach the transformer, which would paint worse.
+    tell the two apart, this learns it. Patches as a whole tell best whether there is a defect, pixels where it ends.
+    Its gradients do not reach the transformer, which would paint worse.
 
     Args:
         embed_dim (int): Latent dimension D.
@@ -26,8 +28,9 @@ class ComparisonHead(nn.Module):
 
     Example:
         >>> tokens, patches = torch.rand(2, 4, 6, 32), torch.rand(2, 4, 6, 192)
-        >>> ComparisonHead(32, 8)(tokens, tokens, patches, patches).shape
-        torch.Size([2, 32, 48])
+        >>> of_patches, of_pixels = ComparisonHead(32, 8)(tokens, tokens, patches, patches)
+        >>> of_patches.shape, of_pixels.shape
+        (torch.Size([2, 4, 6]), torch.Size([2, 32, 48]))
     """
 
     def __init__(self, embed_dim: int, patch_size: int) -> None:
@@ -39,12 +42,12 @@ class ComparisonHead(nn.Module):
             nn.GELU(),
             nn.Conv2d(_FEATURES, _FEATURES, 3, padding=1),
             nn.GELU(),
-            nn.Conv2d(_FEATURES, patch_size**2, 3, padding=1),
+            nn.Conv2d(_FEATURES, 1 + patch_size**2, 3, padding=1),
         )
 
     def forward(
         self, expected: torch.Tensor, seen: torch.Tensor, patches: torch.Tensor, painted: torch.Tensor
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compare the patches of a grid with what was expected.
 
         Args:
@@ -54,25 +57,33 @@ class ComparisonHead(nn.Module):
             painted (torch.Tensor): The patches that were painted in their place, of the same shape.
 
         Returns:
-            torch.Tensor: Logits of the pixels, shape ``(B, N * K, M * K)``.
+            tuple[torch.Tensor, torch.Tensor]: Logits of the patches, shape ``(B, N, M)``, and of their pixels, shape
+            ``(B, N * K, M * K)``.
         """
         expected, seen, painted = expected.detach(), seen.detach(), painted.detach()
         differences = self.patch_embedding(torch.cat([patches, painted, patches - painted], dim=-1))
         features = self.mlp(torch.cat([expected, seen, differences], dim=-1))
         logits = self.neighbours(rearrange(features, "b n m d -> b d n m"))
-        return rearrange(logits, "b (k1 k2) n m -> b (n k1) (m k2)", k1=self.patch_size)
+        pixels = rearrange(logits[:, 1:], "b (k1 k2) n m -> b (n k1) (m k2)", k1=self.patch_size)
+        return logits[:, 0], pixels
 
 
 def comparison_loss(
-    suspicion: torch.Tensor, images: torch.Tensor, spoiled: torch.Tensor, replaced: torch.Tensor
+    of_patches: torch.Tensor,
+    of_pixels: torch.Tensor,
+    images: torch.Tensor,
+    spoiled: torch.Tensor,
+    replaced: torch.Tensor,
 ) -> torch.Tensor:
-    """Cross-entropy of which pixels were spoiled.
+    """Cross-entropy of which patches were spoiled, plus that of which pixels.
 
     Spoiled is what was replaced, where that can be seen: also a pixel that happens to look as before, if those around
-    it do not, for defects have no holes. At the rim, where little was replaced, either answer is right.
+    it do not, for defects have no holes. Of a patch that changed a little, and of a pixel at the rim, either answer is
+    right.
 
     Args:
-        suspicion (torch.Tensor): Logits of the pixels, shape ``(B, H, W)``.
+        of_patches (torch.Tensor): Logits of the patches, shape ``(B, N, M)``.
+        of_pixels (torch.Tensor): Logits of the pixels, shape ``(B, H, W)``.
         images (torch.Tensor): Clean images in [0, 1], shape ``(B, 3, H, W)``.
         spoiled (torch.Tensor): The same images spoiled.
         replaced (torch.Tensor): How much of each pixel was replaced, in [0, 1], shape ``(B, 1, H, W)``.
@@ -83,14 +94,20 @@ def comparison_loss(
     Example:
         >>> images, replaced = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
         >>> replaced[..., 4:12, 4:12] = 1
-        >>> found = 40 * replaced[:, 0] - 20
-        >>> float(comparison_loss(found, images, images + replaced, replaced)) < 1e-6
+        >>> of_pixels = 40 * replaced[:, 0] - 20
+        >>> of_patches = torch.full((1, 2, 2), 20.0)
+        >>> float(comparison_loss(of_patches, of_pixels, images, images + replaced, replaced)) < 1e-6
         True
     """
-    changed = ((spoiled - images).abs().amax(dim=1, keepdim=True) > _CHANGED) & (replaced > 0)
-    around = avg_pool2d(changed.float(), _SQUARE, stride=1, padding=_SQUARE // 2)
+    changed = replaced * ((spoiled - images).abs().amax(dim=1, keepdim=True) > _CHANGED)
+    share = avg_pool2d(changed, images.shape[-1] // of_patches.shape[-1])
+    patches = _cross_entropy(of_patches, share > _SHARE, share == 0)
+
+    around = avg_pool2d((changed > 0).float(), _SQUARE, stride=1, padding=_SQUARE // 2)
     mostly = replaced > replaced.amax(dim=(2, 3), keepdim=True) / 2
-    is_spoiled = mostly & (around > _SHARE)
-    matters = is_spoiled | (replaced == 0) | (around == 0)
-    loss = binary_cross_entropy_with_logits(suspicion.float(), is_spoiled[:, 0].float(), reduction="none")
-    return (loss * matters[:, 0]).mean()
+    return patches + _cross_entropy(of_pixels, mostly & (around > _SHARE), (replaced == 0) | (around == 0))
+
+
+def _cross_entropy(logits: torch.Tensor, is_spoiled: torch.Tensor, is_clean: torch.Tensor) -> torch.Tensor:
+    loss = binary_cross_entropy_with_logits(logits.float(), is_spoiled[:, 0].float(), reduction="none")
+    return (loss * (is_spoiled | is_clean)[:, 0]).mean()

@@ -14,6 +14,7 @@ from anomalib.visualization import Visualizer
 from einops import reduce
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rich.progress import track
+from torch.nn.functional import interpolate
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -47,7 +48,7 @@ class OnePassInTra(ReconstructionModule):
     from a window of its own; here all are painted at once, and so in a hundredth of the time. A hole around each patch
     is hidden from it: the patch alone, or also the patches up to ``radius`` away. Training images are spoiled, and the
     clean image is asked for, so that the model does not go on with a defect that it sees beside a hole. A head learns
-    to tell spoiled pixels from the others by what was expected in their place.
+    to tell spoiled patches and pixels from the others by what was expected in their place.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``.
@@ -214,7 +215,7 @@ class OnePassInTra(ReconstructionModule):
             batch (ImageSamples): Images of a step.
 
         Returns:
-            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which pixels were spoiled.
+            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which patches and pixels were spoiled.
         """
         images = cut_images(batch)
         others = torch.randint(len(batch.image), (len(batch),))
@@ -226,8 +227,9 @@ class OnePassInTra(ReconstructionModule):
         spoiled, replaced = spoil(images, donors, _SPOILED)
         radius = self.model.radii[int(torch.randint(len(self.model.radii), ()))]
 
-        _, painted, suspicion = self.model.paint(spoiled, (radius,))
-        return self.loss(images, painted[:, 0]) + comparison_loss(suspicion[:, 0], images, spoiled, replaced)
+        _, painted, *of_each = self.model.paint(spoiled, (radius,))
+        of_patches, of_pixels = (logits[:, 0] for logits in of_each)
+        return self.loss(images, painted[:, 0]) + comparison_loss(of_patches, of_pixels, images, spoiled, replaced)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageSamples, batch_idx: int) -> None:
         """Stop the clock of the step, and the training when its time is up."""
@@ -257,12 +259,13 @@ class OnePassInTra(ReconstructionModule):
         Returns:
             Comparison: Images, the means of what was painted, and difference maps, whose values are logits.
         """
-        image, painted, suspicion = self.model(images)
+        image, painted, of_patches, of_pixels = self.model(images)
         radii = painted.shape[1]
         originals = image[:, None].expand_as(painted).flatten(0, 1)
         of_each = difference_map(originals, painted.flatten(0, 1), self.post_processor.colour_weight)
         by_gms = reduce(of_each, "(b r) 1 h w -> b 1 h w", "mean", r=radii)
-        by_head = reduce(suspicion.float(), "b r h w -> b 1 h w", "mean")
+        patches, pixels = (reduce(x.float(), "b r h w -> b 1 h w", "mean") for x in (of_patches, of_pixels))
+        by_head = (interpolate(patches, size=pixels.shape[-2:], mode="bilinear", align_corners=False) + pixels) / 2
         return Comparison(image, painted.float().mean(dim=1), by_head + _GMS_WEIGHT * by_gms)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -282,8 +285,8 @@ class OnePassInTra(ReconstructionModule):
         head = checkpoint["state_dict"].get("model.comparison.neighbours.3.bias")
         if head is not None and len(head) == 1 and self.model.patch_size > 1:
             msg = (
-                "This checkpoint is of an earlier OnePassInTra, which compared patches as a whole; this one compares "
-                "their pixels: train it anew, or load the checkpoint with the version that made it."
+                "This checkpoint is of an earlier OnePassInTra, which compared patches as a whole alone; this one "
+                "compares their pixels, too: train it anew, or load the checkpoint with the version that made it."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)

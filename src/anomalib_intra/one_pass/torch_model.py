@@ -26,13 +26,15 @@ class Painting(NamedTuple):
     Args:
         image (torch.Tensor): The images it saw, in [0, 1], shape ``(B, 3, H, W)``.
         painted (torch.Tensor): The images it expected, shape ``(B, R, 3, H, W)``.
-        suspicion (torch.Tensor): For each pixel, how little it looks like what was expected there, as a logit; shape
-            ``(B, R, H, W)``.
+        of_patches (torch.Tensor): For each patch, how little it looks like what was expected there, as a logit; shape
+            ``(B, R, N, M)``.
+        of_pixels (torch.Tensor): The same for each pixel, shape ``(B, R, H, W)``.
     """
 
     image: torch.Tensor
     painted: torch.Tensor
-    suspicion: torch.Tensor
+    of_patches: torch.Tensor
+    of_pixels: torch.Tensor
 
 
 class ContentBlock(nn.Module):
@@ -80,7 +82,7 @@ class OnePassTransformer(nn.Module):
     eight around it, -1 hides nothing. One set of weights knows several radii.
 
     Near patches are seen one by one, far ones as the mean of their block. A head compares each patch with what was
-    expected in its place, pixel by pixel. Needs neither Lightning nor anomalib.
+    expected in its place, as a whole and pixel by pixel. Needs neither Lightning nor anomalib.
 
     Args:
         image_size (tuple[int, int]): Height and width of the images in pixels; their positions tie the model to it.
@@ -189,7 +191,7 @@ class OnePassTransformer(nn.Module):
             images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)``; ``(B, 1, H, W)`` is taken as grey.
 
         Returns:
-            Painting: Images, what was expected, in the order of the radii, and how suspicious each pixel is.
+            Painting: Images, what was expected, in the order of the radii, and how suspicious patches and pixels are.
 
         Raises:
             ValueError: If the images are not a batch of one or three channels, of another size than the model's, or
@@ -242,10 +244,10 @@ class OnePassTransformer(nn.Module):
         seen, originals = (
             repeat(x, "b n m d -> (b r) n m d", r=len(radii)) for x in (self._to_grid(content, 1), originals)
         )
-        suspicion = self.comparison(expected, seen, originals, patches)
+        logits = self.comparison(expected, seen, originals, patches)
         pattern = "(b r) n m (k1 k2 c) -> b r c (n k1) (m k2)"
         painted = rearrange(patches, pattern, r=len(radii), k1=self.patch_size, k2=self.patch_size) * std + mean
-        return Painting(images, painted, rearrange(suspicion, "(b r) h w -> b r h w", r=len(radii)))
+        return Painting(images, painted, *(rearrange(x, "(b r) h w -> b r h w", r=len(radii)) for x in logits))
 
     def _embed(self, normalised: torch.Tensor) -> torch.Tensor:
         """Cut images into patches, block by block, embed them with their positions (eq. 3), each alone."""
