@@ -87,18 +87,18 @@ def test_the_head_learns_where_within_a_patch():
     optimizer = torch.optim.Adam(head.parameters(), lr=5e-3)
 
     def batch():
-        images, replaced = torch.rand(8, 3, 24, 24), torch.zeros(8, 1, 24, 24)
+        images, replaced = 0.5 * torch.rand(8, 3, 24, 24), torch.zeros(8, 1, 24, 24)
         for one in replaced:
             y, x = torch.randint(0, 18, (2,)).tolist()
             one[:, y : y + 6, x : x + 6] = 1
-        spoiled = torch.where(replaced > 0, 1 - images, images)
+        spoiled = images + 0.5 * replaced
         tokens = torch.zeros(8, 6, 6, 8)
         flat = [
             x.unfold(2, K, K).unfold(3, K, K).permute(0, 2, 3, 4, 5, 1).reshape(8, 6, 6, -1) for x in (spoiled, images)
         ]
         return images, spoiled, replaced, *head(tokens, tokens, *flat)
 
-    for _ in range(800):
+    for _ in range(300):
         images, spoiled, replaced, of_patches, of_pixels = batch()
         optimizer.zero_grad()
         comparison_loss(of_patches, of_pixels, images, spoiled, replaced).backward()
