@@ -87,7 +87,7 @@ def test_golden_file_holds_numbers_that_tell_images_apart(both: tuple[dict, dict
     _, golden = both
     assert 0.05 < golden["reconstruction"].std() < 1
     assert golden["difference_map"].std() > 0.01
-    assert np.ptp(golden["score"]) > 0.05
+    assert np.ptp(golden["score"]) > 0.02  # of weights by chance; 2000 times what numbers may differ by
 
 
 @pytest.mark.parametrize(
