@@ -283,7 +283,7 @@ class OnePassInTra(ReconstructionModule):
             ValueError: If the checkpoint is of another architecture, or of a version whose head told patches apart.
         """
         head = checkpoint["state_dict"].get("model.comparison.neighbours.3.bias")
-        if head is not None and len(head) == 1 and self.model.patch_size > 1:
+        if head is not None and len(head) == 1:
             msg = (
                 "This checkpoint is of an earlier OnePassInTra, which compared patches as a whole alone; this one "
                 "compares their pixels, too: train it anew, or load the checkpoint with the version that made it."
