@@ -39,7 +39,9 @@ def fixed_model(kind: str) -> ReconstructionModule:
         for name, parameter in model.model.named_parameters():
             # InTra paints pixels as they are, the one-pass model normalised ones, which are 0 in the mean.
             grey = 0.5 if name == "to_pixels.bias" and kind == "intra" else 0.0
-            offset = 1.0 if "norm" in name and name.endswith("weight") else grey
+            # As after a training, the one-pass model's head holds what it sees for normal.
+            bias = -8.0 if name == "comparison.neighbours.3.bias" else grey
+            offset = 1.0 if "norm" in name and name.endswith("weight") else bias
             parameter.copy_(torch.from_numpy(offset + 0.1 * stream.standard_normal(tuple(parameter.shape))))
     return model
 
@@ -87,7 +89,7 @@ def test_golden_file_holds_numbers_that_tell_images_apart(both: tuple[dict, dict
     _, golden = both
     assert 0.05 < golden["reconstruction"].std() < 1
     assert golden["difference_map"].std() > 0.01
-    assert np.ptp(golden["score"]) > 0.02  # of weights by chance; 2000 times what numbers may differ by
+    assert np.ptp(golden["score"]) > 0.05
 
 
 @pytest.mark.parametrize(
