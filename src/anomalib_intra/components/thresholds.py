@@ -144,9 +144,15 @@ class UnsaturatedPostProcessor(PostProcessor):
     def set_thresholds(self) -> None:
         """Set the thresholds from all images observed since the last call."""
         some_anomalous = bool(gathered(self._image_threshold.new_tensor([float(self._anomalies_seen)])).any())
-        of_images = (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile, 0.0)
-        of_pixels = (self._pixel_threshold, self._pixel_threshold_metric, self._pixels, self.pixel_quantile)
-        for threshold, metric, observed, quantile, smallest in (of_images, (*of_pixels, self.smallest_pixel_threshold)):
+        images = (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile, 0.0)
+        pixels = (
+            self._pixel_threshold,
+            self._pixel_threshold_metric,
+            self._pixels,
+            self.pixel_quantile,
+            self.smallest_pixel_threshold,
+        )
+        for threshold, metric, observed, quantile, smallest in (images, pixels):
             values, truth, normal = (gathered(part.to(threshold.device)) for part in observed.all())
             if some_anomalous and not len(normal):
                 logger.warning(
