@@ -324,6 +324,7 @@ def test_text_in_brackets_is_printed_as_it_is(tmp_path: Path, monkeypatch, capsy
         join = kill = lambda self: None
 
     monkeypatch.setattr("multiprocessing.context.SpawnContext.Process", Fails)
+    monkeypatch.setattr("rich._console", None)  # a new one: that of an earlier test may still hold its lines back
     (run, _) = runs_of(tmp_path)
     run.run()
     assert "[/tmp/x] is not in [cpu, cuda]" in " ".join(capsys.readouterr().out.split())
