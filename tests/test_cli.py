@@ -72,6 +72,7 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
     if config.stem == "own_images":
         assert isinstance(built.datamodule, Folder)
         assert built.datamodule.val_split_mode == ValSplitMode.FROM_TRAIN
+        assert built.datamodule.seed is not None  # a resumed run must not learn from what was held out
         return
     assert isinstance(built.datamodule, MVTec)
     category = config.stem if config.parent.stem == "mvtec" else "bottle"

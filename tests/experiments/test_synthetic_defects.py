@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import ImageBatch, ImageItem, MVTecAD
+from anomalib.data import Folder, ImageBatch, ImageItem, MVTecAD
 from anomalib.data.utils import ValSplitMode
 from lightning.pytorch import seed_everything
 
@@ -92,4 +92,11 @@ def test_a_trained_model_is_ranked_above_one_that_is_not(trained_intra: Run, dem
 def test_nothing_is_chosen_by_test_images(demo_root: Path, tmp_path: Path) -> None:
     data = MVTecAD(demo_root, "weave", val_split_mode=ValSplitMode.SAME_AS_TEST, num_workers=0)
     with pytest.raises(ValueError, match=r"validation images of MVTecAD are test images.*val_split_mode=from_train"):
+        synthetic_defects(InTra, [], data, output=tmp_path)
+
+
+def test_images_that_another_draw_would_hold_out_are_refused(demo_root: Path, tmp_path: Path) -> None:
+    folders = {"name": "parts", "root": demo_root / "weave", "normal_dir": "train/good", "abnormal_dir": "test/hole"}
+    data = Folder(**folders, val_split_mode=ValSplitMode.FROM_TRAIN, num_workers=0)
+    with pytest.raises(ValueError, match=r"Folder would hold out other images than in the training.*--data.seed 0"):
         synthetic_defects(InTra, [], data, output=tmp_path)

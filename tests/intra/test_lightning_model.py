@@ -190,7 +190,7 @@ def test_checkpoint_of_a_run_that_was_cut_off(
     cut_off = Path(engine.best_model_path).with_name("last.ckpt")
 
     model = InTra.load_from_checkpoint(cut_off)
-    with pytest.raises(RuntimeError, match=r"no training mean .* Run `anomalib test`"):
+    with pytest.raises(RuntimeError, match=r"no training mean .* Go on with its training"):
         model(torch.rand(1, 3, 64, 64))
     with pytest.raises(RuntimeError, match="no training mean"):
         tiny_engine(tmp_path / "p").predict(model, data_path=demo.root / "weave/test/hole/000.png")
@@ -200,6 +200,9 @@ def test_checkpoint_of_a_run_that_was_cut_off(
     assert "Computing it from the training images" in caplog.text
     assert model.post_processor.is_calibrated
     assert 0 <= results[0]["image_AUROC"] <= 1
+    # As the error says: that very model scores images now, and the file still holds none of it.
+    assert tiny_engine(tmp_path / "q").predict(model, data_path=demo.root / "weave/test/hole/000.png")
+    assert not InTra.load_from_checkpoint(cut_off).is_calibrated
 
 
 def test_metrics_are_those_of_raw_scores(trained: tuple, tmp_path: Path) -> None:

@@ -9,6 +9,12 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+#: The way out where a checkpoint cannot score images.
+HOW_TO_CALIBRATE = (
+    "Go on with its training (--ckpt_path) to the end, which calibrates it and stores that. Or, in Python, give the "
+    "model and the datamodule it was trained on to Engine.test, and go on with that same model: a test stores nothing."
+)
+
 
 def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse weights of another architecture.

@@ -13,6 +13,8 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 from torchvision.transforms.v2.functional import resize
 
+from anomalib_intra.components.checkpoint_fit import HOW_TO_CALIBRATE
+
 if TYPE_CHECKING:
     import openvino as ov
 
@@ -76,8 +78,7 @@ class CompleteExport(ExportMixin):
         if not module.is_calibrated:
             msg = (
                 f"This {module.name} cannot score images yet, so it is not exported: it was never trained, or its "
-                "training was cut off. Train it, or run `anomalib test` (Engine.test) once with the datamodule it was "
-                "trained on and this checkpoint, and export after that."
+                f"training was cut off. {HOW_TO_CALIBRATE}"
             )
             raise RuntimeError(msg)
         if module.calibrated_through:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from anomalib_intra.components.anomaly_map import Deviation, anomaly_map, image_score
 from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import InTraBatch
+from anomalib_intra.components.checkpoint_fit import HOW_TO_CALIBRATE
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.data.file_view import FileView, file_view
@@ -146,9 +147,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """
         if not self.is_calibrated:
             msg = (
-                "This InTra has no training mean (eq. 17), so it cannot score images: its training was cut off, or it "
-                "was never trained. Run `anomalib test` (or Engine.test) once with the datamodule it was trained on "
-                "and this checkpoint; that computes the mean from the training images."
+                "This model has no training mean (eq. 17), so it cannot score images: its training was cut off, it was "
+                f"never trained, or it was calibrated with other settings. {HOW_TO_CALIBRATE}"
             )
             raise RuntimeError(msg)
         size, trained = (tuple(x.shape[-2:]) for x in (differences, self.training_mean))

@@ -9,6 +9,7 @@ from timm.models.resnet import resnet18
 from torch import nn
 from torch.nn.functional import conv_transpose2d, interpolate, pad
 
+from anomalib_intra.components.checkpoint_fit import HOW_TO_CALIBRATE
 from anomalib_intra.cutpaste.augmentation import FORMS
 from anomalib_intra.cutpaste.gaussian import Gaussian
 from anomalib_intra.data.image_range import check_range
@@ -167,8 +168,7 @@ class CutPasteModel(nn.Module):
         if not torch.compiler.is_compiling() and not self.gaussian.is_fitted:
             msg = (
                 "This CutPaste has no Gaussian of normal features, so it cannot score images: its training was cut "
-                "off, or it was never trained. Run `anomalib test` (or Engine.test) once with the datamodule it was "
-                "trained on and this checkpoint; that computes it from the training images."
+                f"off, or it was never trained. {HOW_TO_CALIBRATE}"
             )
             raise RuntimeError(msg)
         encoded = self.encode(images)

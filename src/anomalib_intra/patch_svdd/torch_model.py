@@ -12,6 +12,7 @@ from einops import rearrange, repeat
 from torch import nn
 from torch.nn.functional import avg_pool2d, conv2d, leaky_relu, pad
 
+from anomalib_intra.components.checkpoint_fit import HOW_TO_CALIBRATE
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.patch_svdd.pairs import BIG_PATCH, SMALL_PATCH, LevelPairs, Pairs
 
@@ -244,8 +245,7 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
         if not self.has_memory_bank:
             msg = (
                 "This PatchSVDD has no memory bank, so it cannot score images: its training was cut off, or it was "
-                "never trained. Run `anomalib test` (or Engine.test) once with the datamodule it was trained on and "
-                "this checkpoint; that fills the bank from the training images."
+                f"never trained. {HOW_TO_CALIBRATE}"
             )
             raise RuntimeError(msg)
         features = self.encode(images)

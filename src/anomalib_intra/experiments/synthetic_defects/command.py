@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, ImageBatch, ImageItem
+from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from lightning.pytorch import seed_everything
@@ -48,7 +49,7 @@ def synthetic_defects(
         over the kinds), and ``image_KIND`` and ``pixel_KIND`` of each kind, all in 0 .. 1.
 
     Raises:
-        ValueError: If there are no held-out normal images.
+        ValueError: If there are no held-out normal images, or if they are drawn without a seed.
 
     Example:
         >>> synthetic_defects(OnePassInTra, [Path("model.ckpt")], MVTec(category="screw"))  # doctest: +SKIP
@@ -69,13 +70,19 @@ def synthetic_defects(
 
 def _images(datamodule: AnomalibDataModule, seed: int) -> tuple[list[str], list[ImageItem]]:
     """Held-out normal images, and each again with a defect of each kind; the kinds beside them."""
-    datamodule.setup()
     if datamodule.val_split_mode in SPLITS_FROM_TEST:
         msg = (
             f"The validation images of {type(datamodule).__name__} are test images, by which nothing may be chosen: "
             "take anomalib_intra.MVTec, or val_split_mode=from_train."
         )
         raise ValueError(msg)
+    if datamodule.val_split_mode == ValSplitMode.FROM_TRAIN and datamodule.seed is None:
+        msg = (
+            f"{type(datamodule).__name__} would hold out other images than in the training, and take some that were "
+            "trained on for held-out ones: train with a seed for its split (--data.seed 0), and give the same here."
+        )
+        raise ValueError(msg)
+    datamodule.setup()
     validation: Any = datamodule.val_data
     held_out = [item for item in validation if not item.gt_label]
     if not held_out:
