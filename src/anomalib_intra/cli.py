@@ -73,7 +73,8 @@ def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
     if "config" not in signature(command).parameters:
         parser.add_argument("--config", action="config", help="Arguments from a YAML file.")
     given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
-    command(**{key: value for key, value in given.items() if key in signature(command).parameters})
+    with _refusing(parser.prog):
+        command(**{key: value for key, value in given.items() if key in signature(command).parameters})
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _benchmark(
         runner: Where the runs take place: on this machine, or on the Ray cluster of RAY_ADDRESS.
         cpus_per_run: CPUs, and threads of torch, that a run has on Ray.
     """
-    with _stoppable("with the runs that are missing"), _refusing("anomalib-intra benchmark"):
+    with _stoppable("with the runs that are missing"):
         rows = benchmark(config, output, runner, cpus_per_run)
     print(rows.to_string(index=False))
     print(f"\nThe page with all tables: {output / 'benchmark.md'}")

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from anomalib.data.utils import ValSplitMode
 from PIL import Image
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from anomalib_intra import MVTec, TextureDemo
 from anomalib_intra.data.demo import _TEXTURES, generate
-from anomalib_intra.data.normal_images import held_out_indices
+from anomalib_intra.data.normal_images import NormalImages, held_out_indices
 
 
 def paths(dataset: object) -> set[str]:
@@ -45,6 +46,30 @@ def test_other_split_modes_still_work(demo_root: Path) -> None:
     datamodule = TextureDemo(demo_root, val_split_mode=ValSplitMode.SAME_AS_TEST)
     datamodule.setup()
     assert paths(datamodule.val_data) == paths(datamodule.test_data)
+
+
+def test_anomalies_among_the_training_images_are_left_out_before_anything_is_counted(demo_root: Path) -> None:
+    demo = TextureDemo(demo_root)
+    demo.setup()
+    labelled = demo.train_data + demo.test_data
+    images = NormalImages.of(DataLoader(labelled, batch_size=4), DataLoader(demo.val_data), None)
+    assert len(labelled) > len(images.training.dataset) == int((labelled.samples.label_index == 0).sum())
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"sampler": SubsetRandomSampler([0, 1])},
+        {"sampler": WeightedRandomSampler([1.0] * 54, 54)},
+        {"batch_sampler": BatchSampler(RandomSampler(range(54)), 4, drop_last=False)},
+    ],
+)
+def test_a_loader_that_chooses_among_its_images_is_refused(choice: dict, demo: TextureDemo) -> None:
+    demo.setup()
+    chosen, all_of_them = DataLoader(demo.train_data, **choice), DataLoader(demo.val_data)
+    for loaders in ((chosen, all_of_them), (all_of_them, chosen)):
+        with pytest.raises(ValueError, match=r"the choice of images: give it a torch.utils.data.Subset"):
+            NormalImages.of(*loaders, None)
 
 
 def test_misspelt_category_lists_the_right_ones() -> None:

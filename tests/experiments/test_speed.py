@@ -215,7 +215,9 @@ def test_the_command_knows_the_one_pass_model_by_its_own_defaults(tmp_path: Path
     assert images["times_plain"].notna().all()
 
 
-def test_other_models_are_refused(monkeypatch) -> None:
+def test_other_models_are_refused(monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["anomalib-intra", "speed", "--model", "anomalib_intra.PatchSVDD"])
-    with pytest.raises(ValueError, match="InTra and OnePassInTra can be measured, not that of PatchSVDD"):
+    with pytest.raises(SystemExit) as refusal:
         cli.main()
+    assert refusal.value.code == 2
+    assert "InTra and OnePassInTra can be measured, not that of PatchSVDD" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 """The page of a prediction: all images by their scores, the threshold that can be moved, and what is counted."""
 
 import base64
+import os
+import shutil
 from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
@@ -192,6 +194,16 @@ def test_names_of_strangers_stay_text() -> None:
     page = rendered(Scored(f"{evil}/{evil}.png", 0.7, None, True))
     assert [tag for tag, _ in page.elements].count("script") == 1, "the page's own"
     assert "alert(1)" in page.words
+
+
+def test_a_name_that_is_no_utf_8_is_written_with_its_bytes(trained_intra: Run, few_root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    shutil.copy(few_root / "weave/test/hole/000.png", folder / os.fsdecode(b"teil_\xe4.png"))
+    engine = tiny_engine(tmp_path)
+    assert engine.predict(deepcopy(trained_intra.model), data_path=folder)
+    page = page_of(Path(engine.trainer.default_root_dir))
+    assert "teil_\\xe4.png" in page.words
 
 
 def test_records_of_several_processes_are_one() -> None:

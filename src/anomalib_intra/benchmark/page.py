@@ -11,7 +11,7 @@ from pandas import DataFrame, Series
 from anomalib_intra.benchmark.charts import chart_of_categories, chart_of_time
 from anomalib_intra.benchmark.evaluation import METRICS
 from anomalib_intra.benchmark.machine import versions
-from anomalib_intra.benchmark.tables import comparison, markdown, published_means, summary
+from anomalib_intra.benchmark.tables import comparison, failures, markdown, published_means, summary
 
 _TITLES = {
     "image_AUROC": "Detection: image AUROC in %, the paper's Table 1 beside it",
@@ -63,8 +63,7 @@ def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: S
         sections += [_section(done, metric) for metric in METRICS if done[metric].notna().any()]
         sections.append(_COST_HEADING + markdown(_costs(done), digits=1))
     if len(failed):
-        listing = failed[["model", "category", "seed", "error"]].to_markdown(index=False)
-        sections.append("## Failed runs\n\nThey are tried again when the command is run again.\n\n" + listing)
+        sections.append("## Failed runs\n\nThey are tried again when the command is run again.\n\n" + failures(failed))
     if missing:
         listing = "\n".join(f"- {run}" for run in missing)
         sections.append("## Missing runs\n\nThe command goes on with them when it is run again.\n\n" + listing)

@@ -147,3 +147,22 @@ def markdown(table: DataFrame, digits: int | Sequence[int]) -> str:
             for value in table[column]
         ]
     return texts.to_markdown(disable_numparse=True, colalign=["left", *["right"] * len(table.columns)])
+
+
+def failures(rows: DataFrame) -> str:
+    r"""List runs that failed, with their errors.
+
+    Args:
+        rows (DataFrame): Rows of runs, with ``model``, ``category``, ``seed`` and ``error``.
+
+    Returns:
+        str: The table in Markdown.
+
+    Example:
+        >>> print(failures(DataFrame([{"model": "A", "category": "grid", "seed": 1, "error": "no int | None"}])))
+        | model   | category   |   seed | error          |
+        |:--------|:-----------|-------:|:---------------|
+        | A       | grid       |      1 | no int \| None |
+    """
+    listed = rows[["model", "category", "seed", "error"]]
+    return listed.assign(error=listed["error"].str.replace("|", r"\|")).to_markdown(index=False)

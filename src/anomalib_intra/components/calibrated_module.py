@@ -323,7 +323,11 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     def _check_shape(self, images: torch.Tensor) -> None:
         channels, height, width = images.shape[1:]
         if channels != 3:
-            raise ValueError(f"Images have {channels} channels after the pre-processor: the model takes 3.")
+            msg = (
+                f"Images have {channels} channels after the pre-processor: the model takes 3. Turn grey ones into "
+                "colour in the data set, with torchvision.transforms.v2.RGB()."
+            )
+            raise ValueError(msg)
         if (height, width) != self.image_size:
             msg = (
                 f"Images are {height} x {width} pixels after the pre-processor, but image_size is "

@@ -21,8 +21,9 @@ _DECISIONS = {"pred_label", "pred_mask"}
 class SelectiveEvaluator(Evaluator):
     """Gives each metric what it can take, and computes none that the present validation cannot give.
 
-    Metrics that compare scores with each other get scores and maps as they are; all others, some of which fail on
-    float64, get them in float32.
+    Metrics that compare scores with each other get scores and maps as they are, but for raw ones, of which torchmetrics
+    would take those of some batches for logits: these are brought below 1 in their order. All other metrics, some of
+    which fail on float64, get them in float32.
 
     Args:
         evaluator (Evaluator): Its metrics are shared.
@@ -81,8 +82,8 @@ class SelectiveEvaluator(Evaluator):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics of the validation."""
-        del trainer, pl_module, outputs, batch_idx, dataloader_idx
-        _update(self._possible(), batch)
+        del trainer, outputs, batch_idx, dataloader_idx
+        _update(self._possible(), batch, pl_module.post_processor.enable_normalization)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute and log them."""
@@ -95,8 +96,8 @@ class SelectiveEvaluator(Evaluator):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics of the test."""
-        del trainer, pl_module, outputs, batch_idx, dataloader_idx
-        _update(self.test_metrics, batch)
+        del trainer, outputs, batch_idx, dataloader_idx
+        _update(self.test_metrics, batch, pl_module.post_processor.enable_normalization)
 
     def _possible(self) -> list[Any]:
         return [metric for metric in self.val_metrics if metric.name not in self._lacking]
@@ -116,10 +117,15 @@ def patient(evaluator: Evaluator) -> Evaluator:
     return SelectiveEvaluator(evaluator) if as_anomalib else evaluator
 
 
-def _update(metrics: Any, batch: ImageBatch) -> None:
-    rounded = batch.rounded() if isinstance(batch, UnroundedBatch) else batch
+def _update(metrics: Any, batch: ImageBatch, normalized: bool) -> None:
+    unrounded = isinstance(batch, UnroundedBatch)
+    rounded = batch.rounded() if unrounded else batch
+    below_one = batch.below_one() if unrounded and not normalized else batch
     for metric in metrics:
-        metric.update(batch if isinstance(metric, _RANKING) else rounded)
+        if isinstance(metric, F1AdaptiveThreshold):  # gives a score, which must be one of the model's
+            metric.update(batch)
+        else:
+            metric.update(below_one if isinstance(metric, _RANKING) else rounded)
 
 
 def _fields(metric: Any) -> list[str]:

@@ -178,7 +178,9 @@ class ReconstructionModule(TrainedModule):
 
     def end_training(self) -> None:
         """Say so if the model has learned nothing; then calibrate it."""
-        if self._explained.update_called and (explained := self._explained.compute()) < _COLLAPSED:
+        # Of several processes, one may have seen no normal image, and all must compute, or none.
+        all_know = self.trainer.strategy.reduce_boolean_decision(self._explained.update_called, all=True)
+        if all_know and (explained := self._explained.compute()) < _COLLAPSED:
             logger.warning(
                 "The reconstructions of held-out images are hardly better than a flat image of their mean colour (R2 "
                 "%.3f; 1 is perfect, 0 is flat): the model has learned next to nothing. Train for longer, or with "

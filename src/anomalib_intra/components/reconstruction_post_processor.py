@@ -27,8 +27,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     """Anomaly maps by multiscale gradient magnitude similarity, scores and thresholds.
 
     The anomaly map is the squared deviation of the difference map from its mean over the training images (eq. 17), so
-    raw maps and scores lie in [0, 1]. The training mean is computed once, when training ends, and stored with the
-    thresholds in the checkpoint.
+    raw maps and scores lie in [0, 1], but for some values of ``deviation``. The training mean is computed once, when
+    training ends, and stored with the thresholds in the checkpoint.
 
     Normalization and thresholds are those of :class:`UnsaturatedPostProcessor`. Here, too, a setting that is None is as
     in the checkpoint that is loaded, and has its default without one.
@@ -139,7 +139,8 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
             differences (torch.Tensor): Difference maps, shape ``(B, 1, H, W)``.
 
         Returns:
-            torch.Tensor: Raw anomaly maps, shape ``(B, 1, H, W)``; in [0, 1] but for ``deviation="scaled"``.
+            torch.Tensor: Raw anomaly maps, shape ``(B, 1, H, W)``; not negative, and at most 1 but for ``"scaled"`` and
+                ``"half"``.
 
         Raises:
             RuntimeError: If the training mean was never computed.

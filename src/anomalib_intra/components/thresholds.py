@@ -68,7 +68,7 @@ class UnsaturatedPostProcessor(PostProcessor):
             itself decides, higher values call more images anomalous.
         pixel_sensitivity (float | None): The same for pixels.
         image_quantile (float | None): Share of held-out normal images at or below the image threshold. Defaults to
-            0.99.
+            0.99. It is interpolated: of fewer than a hundred images, the highest lies above it.
         pixel_quantile (float | None): Share of their pixels at or below the pixel threshold, at least. Defaults to
             0.999.
 

@@ -227,7 +227,8 @@ class TrainedModule(CalibratedModule):
         if trainer.max_steps > 0:
             shares.append(trainer.global_step / trainer.max_steps)
         if self._loader is not None and (epochs := trainer.max_epochs or -1) > 0:
-            steps = math.ceil(len(self._loader) / trainer.accumulate_grad_batches)
+            batches = min(len(self._loader), trainer.num_training_batches)  # fewer by limit_train_batches
+            steps = math.ceil(batches / trainer.accumulate_grad_batches)
             shares.append(trainer.global_step / (epochs * steps))
         shares += [share_of_time(timer, trainer) for timer in self._callbacks if isinstance(timer, Timer)]
         return min(1.0, max(shares))
@@ -314,8 +315,9 @@ class TrainedModule(CalibratedModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation loss: one number, the same in every process, whatever their shares of the images."""
-        # In a training all processes ask, also one without normal images. Outside one, not every model has a loss.
-        if self.trainer.state.fn != "fit" and not self._val_loss.update_called:
+        # All processes ask or none, also one without normal images. Outside a training, not every model has a loss.
+        some_have = self.trainer.strategy.reduce_boolean_decision(self._val_loss.update_called, all=False)
+        if self.trainer.state.fn != "fit" and not some_have:
             return
         mean = self._val_loss.compute()
         if mean.isfinite():

@@ -19,8 +19,8 @@ class InTraVisualizer(Visualizer):
     """Saves a row of panels for every image that is tested or predicted, where anomalib saves its pictures.
 
     The panels are the image, its reconstruction, the anomaly map and the image with the outlines of the predicted mask
-    (red) and the true mask (cyan). All anomaly maps of a run share one scale: half of it is the threshold, or, with
-    normalization off, raw values are multiplied by 50 as in the paper's Figure 4.
+    (red) and the true mask (cyan). All anomaly maps of a run share one scale: half of it is the threshold, or, of InTra
+    with normalization off, raw values are multiplied by 50 as in the paper's Figure 4.
 
     Args:
         field_size (tuple[int, int]): Width and height within which a panel fits, in pixels; images keep their

@@ -9,8 +9,16 @@ from typing import Any
 
 import torch
 from anomalib.data import AnomalibDataModule, AnomalibDataset
-from anomalib.data.utils import ValSplitMode
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, DistributedSampler, Subset
+from anomalib.data.utils import ValSplitMode, split_by_label
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+)
 
 from anomalib_intra.data.pipeline import evaluation_transform, is_surely_fixed, refuse_random, seen_through
 
@@ -137,10 +145,15 @@ class NormalImages:
             NormalImages: The loaders.
 
         Raises:
-            ValueError: If there are too few images, or test images are changed at random.
+            ValueError: If there are too few images, if test images are changed at random, or if a loader chooses among
+                the images of its data set.
         """
+        for loader in (train_loader, val_loader):
+            _refuse_choice(loader)
         # Any, since torch's Dataset has no length.
         dataset: Any = train_loader.dataset
+        if isinstance(dataset, AnomalibDataset) and dataset.has_anomalous:
+            dataset, _ = split_by_label(dataset)
         val_images: Any = val_loader.dataset if val_loader is not None else []
         tested_through = evaluation_transform(datamodule, dataset, val_images)
         refuse_random(tested_through, "What the datamodule does to test images")
@@ -207,6 +220,17 @@ class NormalImages:
 def _has(images: Any, kind: str) -> bool:
     """Tell whether some images have a property of anomalib's data sets; of others it is not known, and assumed."""
     return len(images) > 0 and bool(getattr(images, kind, True))
+
+
+def _refuse_choice(loader: DataLoader[Any] | None) -> None:
+    """Refuse a loader that takes only some images of its data set, or some more often: others are made from that."""
+    kinds = (RandomSampler, SequentialSampler, DistributedSampler)
+    if loader is not None and (loader.batch_size is None or not isinstance(loader.sampler, kinds)):
+        msg = (
+            f"A loader with a {type(loader.sampler).__name__} or a batch_sampler of its own would lose it here, and "
+            "with it the choice of images: give it a torch.utils.data.Subset of them, and batch_size and shuffle."
+        )
+        raise ValueError(msg)
 
 
 def shared_loader(

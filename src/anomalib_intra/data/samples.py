@@ -88,8 +88,9 @@ class SampleLoader(Generic[_Samples]):
     ) -> None:
         if batch_size < world_size:
             msg = (
-                f"A training step of {batch_size} samples cannot be shared by {world_size} processes: take a larger "
-                "batch size of the model, or fewer devices."
+                f"A training step of {batch_size} samples cannot be shared by {world_size} processes: train on fewer "
+                "devices (--trainer.devices 1), or with more samples a step (the model's images_per_step, "
+                "window_batch_size or pair_batch_size)."
             )
             raise ValueError(msg)
         self.images = images

@@ -2,6 +2,7 @@
 """Writes a report beside the pictures of every test and every prediction."""
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -72,8 +73,9 @@ class RunReport(Callback):
         # An item has its score in float32, which may lie on the other side of the threshold.
         scores = torch.as_tensor(batch.pred_score).flatten().tolist()
         for item, score in zip(batch, scores, strict=True):
+            path = item.image_path or f"image {len(self._record.images)}"
             image = Scored(
-                path=item.image_path or f"image {len(self._record.images)}",
+                path=os.fsencode(path).decode("utf-8", "backslashreplace"),  # old archives have names that are no UTF-8
                 score=score,
                 anomalous=_known(item.gt_label),
                 called_anomalous=_known(item.pred_label) if decides else None,

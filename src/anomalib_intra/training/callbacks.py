@@ -2,6 +2,7 @@
 """What is watched while a model trains, a callback for each."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -18,21 +19,22 @@ _NAMED = 3
 class FiniteLoss(Callback):
     """Ends a training whose loss is no number any more, before its weights reach a checkpoint.
 
-    On an accelerator, a step's loss is looked at when the next step has been handed over, so that the device never
-    waits, or before a checkpoint is saved.
+    On an accelerator, a step's loss is looked at when the next step has been handed over, or before a checkpoint is
+    saved.
 
     Raises:
         FloatingPointError: While training, if a loss is NaN or infinite; says which images it came from.
     """
 
     def __init__(self) -> None:
-        self._unseen: tuple[torch.Tensor, int, torch.Tensor] | None = None
+        self._unseen: tuple[torch.Tensor, int, torch.Tensor, list[str]] | None = None
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Look at the loss of this step or, on an accelerator, of the one before."""
         del batch_idx
         self._look(trainer, pl_module)
-        self._unseen = (outputs["loss"].detach(), trainer.global_step, batch.index)
+        loader: Any = trainer.train_dataloader
+        self._unseen = (outputs["loss"].detach(), trainer.global_step, batch.index, loader.names)
         if outputs["loss"].device.type == "cpu":
             self._look(trainer, pl_module)
 
@@ -44,11 +46,10 @@ class FiniteLoss(Callback):
     def _look(self, trainer: Trainer, module: Any) -> None:
         if self._unseen is None:
             return
-        (loss, step, index), self._unseen = self._unseen, None
+        (loss, step, index, all_names), self._unseen = self._unseen, None
         if torch.isfinite(loss):
             return
-        loader: Any = trainer.train_dataloader
-        names = [loader.names[number] for number in index.unique().tolist()]
+        names = [all_names[number] for number in index.unique().tolist()]
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         saved = [
             path
@@ -106,8 +107,8 @@ class LossHistory(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Keep the training loss."""
-        metrics = trainer.callback_metrics
-        train_loss, val_loss = (float(metrics.get(name, torch.nan)) for name in ("train_loss_epoch", "val_loss"))
+        train_loss = float(trainer.callback_metrics.get("train_loss_epoch", torch.nan))
+        val_loss = pl_module.losses[-1].get("val_loss", math.nan)  # of this epoch, if it has been validated
         logger.info("Epoch %d: train_loss %.5f, val_loss %.5f", trainer.current_epoch, train_loss, val_loss)
         pl_module.losses[-1]["train_loss"] = train_loss
 

@@ -21,8 +21,8 @@ def refuse_batch_size_finder(trainer: Trainer, name: str) -> None:
     if trainer.state.fn == "fit" and any(isinstance(callback, BatchSizeFinder) for callback in callbacks):
         msg = (
             f"BatchSizeFinder and Tuner.scale_batch_size look for the batch size of a loader of images, but {name} "
-            "trains on samples of images: set how many a step takes with the model's own argument (window_batch_size "
-            "of InTra, pair_batch_size of PatchSVDD)."
+            "trains on samples of images: set how many a step takes with the model's own argument (images_per_step, "
+            "window_batch_size or pair_batch_size)."
         )
         raise ValueError(msg)
 

@@ -9,7 +9,7 @@ from pandas import DataFrame, concat
 from anomalib_intra.benchmark.job import BenchmarkRun
 from anomalib_intra.benchmark.machine import versions
 from anomalib_intra.benchmark.published import STUDIES
-from anomalib_intra.benchmark.tables import by_category, markdown
+from anomalib_intra.benchmark.tables import by_category, failures, markdown
 
 _TASKS = {"Det.": "image_AUROC", "Seg.": "pixel_AUROC"}
 _HEADING = (
@@ -89,7 +89,7 @@ def _section(name: str, runs: Sequence[BenchmarkRun], rows: DataFrame) -> str:
             parts.append(markdown(study_table(done, name), digits=1))
         if len(failed):
             parts.append("Failed, and tried again when the command is run again:")
-            parts.append(failed[["model", "category", "seed", "error"]].to_markdown(index=False))
+            parts.append(failures(failed))
     missing = [f"- {run}" for run in runs if run.row is None]
     if missing:
         parts.append("Not run yet; the command goes on with them:")

@@ -44,7 +44,7 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 {markdown(figures(result), digits=[3, 3, 3, 1])}
 
 - {result["parameters"] / 1e6:.2f} million parameters, seed {result["settings"]["seed_everything"]}, precision \
-{result["settings"]["trainer"].get("precision") or "32-true"}.
+{result["settings"].get("trainer", {}).get("precision") or "32-true"}.
 - {_time(result["sessions"])}
 - Weights of epoch {_best(losses)}, the one with the lowest validation loss. No test image was seen before the test.
 - With {versions()}.
