@@ -39,10 +39,11 @@ def fixed_model(kind: str) -> ReconstructionModule:
         for name, parameter in model.model.named_parameters():
             # InTra paints pixels as they are, the one-pass model normalised ones, which are 0 in the mean.
             grey = 0.5 if name == "to_pixels.bias" and kind == "intra" else 0.0
-            # As after a training, the one-pass model's head holds what it sees for normal.
-            bias = -8.0 if name == "comparison.neighbours.3.bias" else grey
+            # As after a training, the one-pass model's head holds what it sees for normal, and tells it from a hole.
+            bias = -16.0 if name == "comparison.neighbours.3.bias" else grey
             offset = 1.0 if "norm" in name and name.endswith("weight") else bias
-            parameter.copy_(torch.from_numpy(offset + 0.1 * stream.standard_normal(tuple(parameter.shape))))
+            spread = 0.3 if name == "comparison.neighbours.3.weight" else 0.1
+            parameter.copy_(torch.from_numpy(offset + spread * stream.standard_normal(tuple(parameter.shape))))
     return model
 
 

@@ -56,6 +56,26 @@ def test_grey_images_stay_grey():
     assert not torch.equal(coloured, coloured[:, :1].expand_as(coloured))
 
 
+def test_what_is_spoiled_on_colour_images_is_often_as_grey_as_they_are():
+    """Grey parts before a colour camera, whose noise has a hue: who knows defects by their hue misses grey ones."""
+    torch.manual_seed(0)
+    grey = torch.rand(300, 1, 32, 32) * 0.2 + 0.4
+    images = (grey + 0.01 * torch.rand(300, 3, 32, 32)).clamp(0, 1)
+    spoiled, _ = spoil(images, images, share=1.0)
+    hue = (spoiled.amax(dim=1) - spoiled.amin(dim=1)).flatten(1).amax(dim=1)
+    changed = (spoiled - images).abs().amax(dim=1).flatten(1).amax(dim=1) > 0.3
+    is_grey = hue < 0.03
+    assert 0.2 < is_grey[changed].float().mean() < 0.8
+
+
+def test_a_faint_part_belongs_to_what_was_replaced_as_much_as_a_strong_one():
+    torch.manual_seed(0)
+    images, donors = torch.zeros(100, 3, 64, 64), torch.ones(100, 3, 64, 64)
+    spoiled, replaced = spoil(images, donors, share=1.0)
+    faint = ((spoiled > 0) & (spoiled < 0.9)).any(dim=1, keepdim=True)
+    assert (replaced[faint] == 1).float().mean() > 0.3
+
+
 def test_parts_come_from_the_image_itself_and_from_the_donor():
     torch.manual_seed(0)
     images, donors = torch.zeros(300, 3, 32, 32), torch.full((300, 3, 32, 32), 0.5)

@@ -7,7 +7,7 @@ from timm.layers import Mlp
 from torch import nn
 from torch.nn.functional import avg_pool2d, binary_cross_entropy_with_logits
 
-_HIDDEN, _FEATURES = 256, 64
+_HIDDEN, _FEATURES, _TEXTURE = 256, 64, 32
 #: A value changed visibly if by more than this.
 _CHANGED = 0.04
 #: A patch is spoiled if more than this share of it changed visibly, and a replaced pixel if more than this share of the
@@ -27,8 +27,8 @@ class ComparisonHead(nn.Module):
         patch_size (int): Side length K of a patch in pixels.
 
     Example:
-        >>> tokens, patches = torch.rand(2, 4, 6, 32), torch.rand(2, 4, 6, 192)
-        >>> of_patches, of_pixels = ComparisonHead(32, 8)(tokens, tokens, patches, patches)
+        >>> tokens, images = torch.rand(2, 4, 6, 32), torch.rand(2, 3, 32, 48)
+        >>> of_patches, of_pixels = ComparisonHead(32, 8)(tokens, tokens, images, images)
         >>> of_patches.shape, of_pixels.shape
         (torch.Size([2, 4, 6]), torch.Size([2, 32, 48]))
     """
@@ -36,7 +36,7 @@ class ComparisonHead(nn.Module):
     def __init__(self, embed_dim: int, patch_size: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.patch_embedding = nn.Linear(3 * 3 * patch_size**2, embed_dim)
+        self.texture = _texture_of_patches(3 * 3, embed_dim, patch_size)
         self.mlp = Mlp(3 * embed_dim, _HIDDEN, _FEATURES)
         self.neighbours = nn.Sequential(
             nn.GELU(),
@@ -46,26 +46,39 @@ class ComparisonHead(nn.Module):
         )
 
     def forward(
-        self, expected: torch.Tensor, seen: torch.Tensor, patches: torch.Tensor, painted: torch.Tensor
+        self, expected: torch.Tensor, seen: torch.Tensor, images: torch.Tensor, painted: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compare the patches of a grid with what was expected.
+        """Compare the patches of images with what was expected.
 
         Args:
             expected (torch.Tensor): Tokens of what was expected, shape ``(B, N, M, D)``.
             seen (torch.Tensor): Tokens of what is there, shape ``(B, N, M, D)``.
-            patches (torch.Tensor): The patches, flattened, shape ``(B, N, M, K * K * C)``.
-            painted (torch.Tensor): The patches that were painted in their place, of the same shape.
+            images (torch.Tensor): The images, shape ``(B, 3, N * K, M * K)``.
+            painted (torch.Tensor): What was painted in the place of all their patches, of the same shape.
 
         Returns:
             tuple[torch.Tensor, torch.Tensor]: Logits of the patches, shape ``(B, N, M)``, and of their pixels, shape
             ``(B, N * K, M * K)``.
         """
         expected, seen, painted = expected.detach(), seen.detach(), painted.detach()
-        differences = self.patch_embedding(torch.cat([patches, painted, patches - painted], dim=-1))
-        features = self.mlp(torch.cat([expected, seen, differences], dim=-1))
+        texture = self.texture(torch.cat([images, painted, images - painted], dim=1))
+        features = self.mlp(torch.cat([expected, seen, rearrange(texture, "b d n m -> b n m d")], dim=-1))
         logits = self.neighbours(rearrange(features, "b n m d -> b d n m"))
         pixels = rearrange(logits[:, 1:], "b (k1 k2) n m -> b (n k1) (m k2)", k1=self.patch_size)
         return logits[:, 0], pixels
+
+
+def _texture_of_patches(channels: int, embed_dim: int, patch_size: int) -> nn.Sequential:
+    """Convolutions that make a vector of each patch; each halves the sides, as often as K can be halved.
+
+    A texture has no place within a patch: weights for each of its pixels would have to learn it at each.
+    """
+    layers: list[nn.Module] = []
+    width, rest = min(_TEXTURE, embed_dim), patch_size
+    while rest % 2 == 0:
+        layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1), nn.GELU()]
+        channels, width, rest = width, min(2 * width, embed_dim), rest // 2
+    return nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, rest, stride=rest))
 
 
 def comparison_loss(
@@ -86,7 +99,7 @@ def comparison_loss(
         of_pixels (torch.Tensor): Logits of the pixels, shape ``(B, H, W)``.
         images (torch.Tensor): Clean images in [0, 1], shape ``(B, 3, H, W)``.
         spoiled (torch.Tensor): The same images spoiled.
-        replaced (torch.Tensor): How much of each pixel was replaced, in [0, 1], shape ``(B, 1, H, W)``.
+        replaced (torch.Tensor): How much each pixel belongs to what was replaced, in [0, 1], shape ``(B, 1, H, W)``.
 
     Returns:
         torch.Tensor: The loss, a scalar.
@@ -104,8 +117,8 @@ def comparison_loss(
     patches = _cross_entropy(of_patches, share > _SHARE, share == 0)
 
     around = avg_pool2d((changed > 0).float(), _SQUARE, stride=1, padding=_SQUARE // 2)
-    mostly = replaced > replaced.amax(dim=(2, 3), keepdim=True) / 2
-    return patches + _cross_entropy(of_pixels, mostly & (around > _SHARE), (replaced == 0) | (around == 0))
+    is_spoiled, is_clean = (replaced > 0.5) & (around > _SHARE), (replaced == 0) | (around == 0)
+    return patches + _cross_entropy(of_pixels, is_spoiled, is_clean)
 
 
 def _cross_entropy(logits: torch.Tensor, is_spoiled: torch.Tensor, is_clean: torch.Tensor) -> torch.Tensor:

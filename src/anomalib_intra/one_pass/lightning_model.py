@@ -281,13 +281,12 @@ class OnePassInTra(ReconstructionModule):
         """Restore how long the model has been trained.
 
         Raises:
-            ValueError: If the checkpoint is of another architecture, or of a version whose head told patches apart.
+            ValueError: If the checkpoint is of another architecture, or of a version with another head.
         """
-        head = checkpoint["state_dict"].get("model.comparison.neighbours.3.bias")
-        if head is not None and len(head) == 1:
+        if "model.comparison.patch_embedding.weight" in checkpoint["state_dict"]:
             msg = (
-                "This checkpoint is of an earlier OnePassInTra, which compared patches as a whole alone; this one "
-                "compares their pixels, too: train it anew, or load the checkpoint with the version that made it."
+                "This checkpoint is of an earlier OnePassInTra, whose head compared in another way: train it anew, or "
+                "load the checkpoint with the version that made it."
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)

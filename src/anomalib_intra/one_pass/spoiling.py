@@ -5,6 +5,8 @@ A model that is trained on clean images alone learns to go on with whatever it s
 Spoiled surroundings teach it not to believe them.
 """
 
+import math
+
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
@@ -13,8 +15,15 @@ _LARGE, _SMALL, _LINES = (3, 8), (9, 24), (3, 10)
 #: Shares of large, small and line-like shapes.
 _SHAPES = torch.tensor([0.5, 0.25, 0.25])
 #: Shares of what replaces them: another place, another place of a donor, the same place of a donor, a place close by,
-#: the same in another light, a plain colour.
-_FILLINGS = torch.tensor([0.3, 0.1, 0.1, 0.25, 0.15, 0.1])
+#: the same in another light, a plain colour, a pattern.
+_FILLINGS = torch.tensor([0.2, 0.1, 0.1, 0.15, 0.15, 0.1, 0.2])
+#: How many parts of a spoiled image are replaced, each in another way: on a random texture, only some can be seen.
+_FEWEST, _MOST = 1, 3
+#: Share of what is of a colour of its own that is grey instead, or keeps its hue. Otherwise a strange hue would give
+#: away nearly all of it where parts are grey, and who knows that by hue misses the defects that are as grey.
+_GREY = 0.5
+#: Cells of a pattern along either side, as powers of 2, and its contrast, as a power of e.
+_CELLS, _CONTRAST = (2.0, 6.5), (0.0, 2.5)
 #: Farthest that a filling from close by is taken from, in pixels of an image of 256.
 _CLOSE_BY = 10
 
@@ -28,8 +37,8 @@ def spoil(images: torch.Tensor, donors: torch.Tensor, share: float) -> tuple[tor
         share (float): Share of the images that are spoiled, in [0, 1].
 
     Returns:
-        tuple[torch.Tensor, torch.Tensor]: Spoiled images, and how much of each pixel was replaced, in [0, 1], shape
-        ``(B, 1, H, W)``.
+        tuple[torch.Tensor, torch.Tensor]: Spoiled images, and how much each pixel belongs to what was replaced, in
+        [0, 1], shape ``(B, 1, H, W)``: 1 within it, however faint, and less at soft rims.
 
     Example:
         >>> images, donors = torch.rand(2, 2, 3, 64, 64)
@@ -40,14 +49,16 @@ def spoil(images: torch.Tensor, donors: torch.Tensor, share: float) -> tuple[tor
     spoiled, replaced = images.clone(), torch.zeros_like(images[:, :1])
     for number, (image, donor) in enumerate(zip(images, donors, strict=True)):
         if torch.rand(()) < share:
-            amount = _shape(image.shape[-2:]).to(image)
-            spoiled[number] = torch.lerp(image, _filling(image, donor), amount).clamp(0, 1)
-            replaced[number] = amount
+            for _ in range(_integer(_FEWEST, _MOST)):
+                shape = _shape(image.shape[-2:]).to(image)
+                amount = shape * (_uniform(0.3, 1.0) if _coin(0.4) else 1.0)
+                spoiled[number] = torch.lerp(spoiled[number], _filling(image, donor), amount).clamp(0, 1)
+                replaced[number] = torch.maximum(replaced[number], shape)
     return spoiled, replaced
 
 
 def _shape(size: torch.Size) -> torch.Tensor:
-    """How much of each pixel is replaced, shape ``(1, H, W)``."""
+    """How much each pixel belongs to a part of irregular shape, shape ``(1, H, W)``."""
     kind = int(torch.multinomial(_SHAPES, 1))
     if kind == 0:
         shape = _noise(size, _LARGE) > _uniform(0.8, 1.8)
@@ -55,10 +66,7 @@ def _shape(size: torch.Size) -> torch.Tensor:
         shape = _noise(size, _SMALL) > _uniform(1.5, 2.3)
     else:  # where noise changes its sign there are lines; other noise leaves parts of them
         shape = (_noise(size, _LINES).abs() < _uniform(0.06, 0.18)) & (_noise(size, _LARGE) > 0.6)
-    amount = shape.float()
-    if _coin(0.4):
-        amount = amount * _uniform(0.3, 1.0)
-    return avg_pool2d(amount[None], 5, stride=1, padding=2)[0] if _coin(0.5) else amount
+    return avg_pool2d(shape.float()[None], 5, stride=1, padding=2)[0] if _coin(0.5) else shape.float()
 
 
 def _filling(image: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
@@ -74,11 +82,22 @@ def _filling(image: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
         farthest = max(2, round(_CLOSE_BY * min(image.shape[-2:]) / 256))
         down, right = (_integer(2, farthest) * (1 if _coin(0.5) else -1) for _ in range(2))
         return image.roll((down, right), (-2, -1))
-    colours = 1 if torch.equal(image, image[:1].expand_as(image)) else len(image)  # a grey camera sees no colours
+    # (a grey camera sees no colours)
+    colours = 1 if _coin(_GREY) or torch.equal(image, image[:1].expand_as(image)) else len(image)
     if kind == 4:
         contrast, tint = (0.4 * torch.randn(())).exp(), 0.15 * torch.randn(colours, 1, 1)
         return (image - 0.5) * contrast + 0.5 + tint.to(image)
-    return torch.rand(colours, 1, 1).to(image).expand_as(image)
+    one, other = torch.rand(2, colours, 1, 1).to(image)
+    if kind == 5:
+        return one.expand_as(image)
+    return torch.lerp(one, other, _pattern(image.shape[-2:]).to(image)).expand_as(image)
+
+
+def _pattern(size: torch.Size) -> torch.Tensor:
+    """Stripes or spots, fine or coarse, faint or sharp, in [0, 1], shape ``(1, H, W)``."""
+    rows, columns = (int(2 ** _uniform(*_CELLS)) for _ in range(2))
+    noise = interpolate(torch.randn(1, 1, rows, columns), size=size, mode="bicubic", align_corners=False)[0]
+    return torch.sigmoid(noise * math.exp(_uniform(*_CONTRAST)))
 
 
 def _elsewhere(image: torch.Tensor) -> torch.Tensor:

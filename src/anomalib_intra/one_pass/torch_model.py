@@ -236,18 +236,15 @@ class OnePassTransformer(nn.Module):
         normalised = (images - mean) / std
         content = self._embed(normalised)
         expected = self._expect(content, radii)
-        patches = self.to_pixels(expected)
+        sides = {"k1": self.patch_size, "k2": self.patch_size}
+        painted = rearrange(self.to_pixels(expected), "b n m (k1 k2 c) -> b c (n k1) (m k2)", **sides)
 
-        originals = rearrange(
-            normalised, "b c (n k1) (m k2) -> b n m (k1 k2 c)", k1=self.patch_size, k2=self.patch_size
-        )
         seen, originals = (
-            repeat(x, "b n m d -> (b r) n m d", r=len(radii)) for x in (self._to_grid(content, 1), originals)
+            repeat(x, "b ... -> (b r) ...", r=len(radii)) for x in (self._to_grid(content, 1), normalised)
         )
-        logits = self.comparison(expected, seen, originals, patches)
-        pattern = "(b r) n m (k1 k2 c) -> b r c (n k1) (m k2)"
-        painted = rearrange(patches, pattern, r=len(radii), k1=self.patch_size, k2=self.patch_size) * std + mean
-        return Painting(images, painted, *(rearrange(x, "(b r) h w -> b r h w", r=len(radii)) for x in logits))
+        logits = self.comparison(expected, seen, originals, painted)
+        painted, *logits = (rearrange(x, "(b r) ... -> b r ...", r=len(radii)) for x in (painted, *logits))
+        return Painting(images, painted * std + mean, *logits)
 
     def _embed(self, normalised: torch.Tensor) -> torch.Tensor:
         """Cut images into patches, block by block, embed them with their positions (eq. 3), each alone."""
