@@ -94,7 +94,8 @@ def test_an_image_of_the_one_pass_model_costs_what_its_layers_and_its_attention_
     d, patch, blocks, tokens = 32, 192, 2 * 3, 8 * 12
     content = tokens * (patch * d + 8 * d * d + 2 * 2 * d * d) + blocks * 2 * 2 * d * d
     block = tokens * (2 * d * d + 8 * d * d + 2 * d * (9 * 16 + blocks))  # attention to nine blocks, and to all pooled
-    head = tokens * (3 * patch * d + 3 * d * 256 + 256 * 64 + 9 * 64 * 64 + 9 * 64 * (1 + 64))
+    texture = 16 * 9 * 9 * 32 + (4 + 1) * 9 * 32 * 32 + 32 * 32  # at 16, 4 and 1 places of a patch
+    head = tokens * (texture + 3 * d * 256 + 256 * 64 + 9 * 64 * 64 + 9 * 64 * (1 + 64))
     each_radius = 2 * block + tokens * d * patch + head
     assert flops_of_an_image(model, (1,)) == 2 * (content + each_radius)
     assert flops_of_an_image(model, (0, 1, 2)) == 2 * (content + 3 * each_radius)
