@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models ranked by synthetic defects in held-out images."""
 
+import logging
+import re
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from anomalib.data import Folder, ImageBatch, ImageItem, MVTecAD
+from anomalib.data import Folder, ImageBatch, MVTecAD
 from anomalib.data.utils import ValSplitMode
 from lightning.pytorch import seed_everything
+from torchvision.utils import save_image
 
 from anomalib_intra import InTra, TextureDemo
 from anomalib_intra.experiments.synthetic_defects import synthetic_defects
@@ -51,25 +54,44 @@ def test_what_cannot_be_seen_is_no_defect(kind: str) -> None:
         add_defect(torch.full((3, 64, 64), 0.5), kind)
 
 
-def test_figures_are_means_of_those_of_each_kind() -> None:
-    kinds = ["normal", *KINDS, "normal", *KINDS]
-    masks = [torch.zeros(8, 8, dtype=torch.bool) for _ in kinds]
-    for kind, mask in zip(kinds, masks, strict=True):
-        mask[:4, :4] = kind != "normal"
-    items = [ImageItem(image=torch.zeros(3, 8, 8), gt_mask=mask) for mask in masks]
-    # Maps of a quarter of the size find all defects but scratches, which they take for the other way round.
-    maps = torch.stack([mask[::2, ::2].float() for mask in masks])[:, None]
-    found = torch.tensor([0.1, *(0.9 if kind != "scratch" else 0.0 for kind in KINDS)] * 2)
-    maps[[1 + list(KINDS).index("scratch"), 8 + list(KINDS).index("scratch")]] *= -1
-    batches = [
-        ImageBatch(image=torch.zeros(7, 3, 8, 8), anomaly_map=part_of[0], pred_score=part_of[1])
-        for part_of in zip(maps.split(7), found.split(7), strict=True)
-    ]
-    figures = _figures(kinds, items, batches)
+def test_figures_are_means_of_those_of_each_kind(tmp_path: Path) -> None:
+    mask = torch.zeros(8, 8)
+    mask[:4, :4] = 1
+    batches = []
+    for kind in ("normal", *KINDS, "earlier"):
+        if kind in KINDS:
+            save_image(mask, tmp_path / f"{kind}.png")
+        # Maps of a quarter of the size find all defects but scratches, which they take for the other way round.
+        found = -1.0 if kind == "scratch" else float(kind in KINDS)
+        batches.append(
+            ImageBatch(
+                image=torch.zeros(1, 3, 8, 8),
+                anomaly_map=found * mask[None, None, ::2, ::2],
+                pred_score=torch.tensor([found]),
+                image_path=[f"images/{kind}.png"],
+            )
+        )
+    kinds = {f"{kind}.png": kind for kind in ("normal", *KINDS)}
+    figures = _figures(kinds, tmp_path, batches)
     assert figures["image_scratch"] == 0
     assert figures["pixel_scratch"] == 0
     assert {figures[f"{what}_{kind}"] for what in ("image", "pixel") for kind in KINDS if kind != "scratch"} == {1}
     assert figures["image_AUROC"] == figures["pixel_AUROC"] == pytest.approx(5 / 6)
+
+
+def test_images_of_several_sizes_and_plain_ones_are_no_hindrance(
+    trained_intra: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "parts/good"
+    folder.mkdir(parents=True)
+    for number, side in enumerate((64, 80, 96, 64, 80, 96, 64, 80)):
+        image = torch.full((3, side, side), 0.5) if number % 2 else torch.rand(3, side, side)
+        save_image(image, folder / f"{number}.png")
+    data = Folder("parts", "good", root=tmp_path / "parts", val_split_mode="from_train", val_split_ratio=0.5, seed=1)
+    with caplog.at_level(logging.WARNING):
+        table = synthetic_defects(InTra, [Path(trained_intra.checkpoint)], data, output=tmp_path / "out")
+    assert table.notna().all(axis=None)
+    assert re.search(r"good/[1357].png is left out of the kind: A defect of the kind bent cannot be seen", caplog.text)
 
 
 def test_a_trained_model_is_ranked_above_one_that_is_not(trained_intra: Run, demo_root: Path, tmp_path: Path) -> None:

@@ -118,9 +118,10 @@ def patient(evaluator: Evaluator) -> Evaluator:
 
 
 def _update(metrics: Any, batch: ImageBatch, normalized: bool) -> None:
-    unrounded = isinstance(batch, UnroundedBatch)
-    rounded = batch.rounded() if unrounded else batch
-    below_one = batch.below_one() if unrounded and not normalized else batch
+    rounded = below_one = batch
+    if isinstance(batch, UnroundedBatch):
+        rounded = batch.rounded()
+        below_one = batch if normalized else batch.below_one()
     for metric in metrics:
         if isinstance(metric, F1AdaptiveThreshold):  # gives a score, which must be one of the model's
             metric.update(batch)

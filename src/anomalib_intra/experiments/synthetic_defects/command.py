@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command ``synthetic-defects``: how well trained models find defects that were added to held-out images."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from anomalib.models import AnomalibModule
 from lightning.pytorch import seed_everything
 from pandas import DataFrame
 from torch.nn.functional import interpolate
-from torch.utils.data import DataLoader
+from torch.utils.data import Subset
 from torchmetrics.functional.classification import binary_auroc
+from torchvision.io import read_image
 from torchvision.utils import save_image
 
 from anomalib_intra.data.normal_images import SPLITS_FROM_TEST
 from anomalib_intra.experiments.synthetic_defects.defects import KINDS, add_defect
+
+logger = logging.getLogger(__name__)
 
 _NORMAL = "normal"
 
@@ -42,7 +46,7 @@ def synthetic_defects(
         datamodule (AnomalibDataModule): The data that they were trained on; its validation images are held-out training
             images.
         seed (int): Seed of the defects.
-        output (Path): Folder for ``synthetic-defects.csv`` and the images, to look at.
+        output (Path): Folder for ``synthetic-defects.csv``, the images, to look at, and their masks.
 
     Returns:
         DataFrame: A row for each checkpoint, the best first: ``checkpoint``, ``image_AUROC`` and ``pixel_AUROC`` (means
@@ -54,22 +58,20 @@ def synthetic_defects(
     Example:
         >>> synthetic_defects(OnePassInTra, [Path("model.ckpt")], MVTec(category="screw"))  # doctest: +SKIP
     """
-    kinds, items = _images(datamodule, seed)
-    _save(kinds, items, output / "images")
-    images: Any = items  # as good as a Dataset
-    loader = DataLoader(images, batch_size=datamodule.eval_batch_size, collate_fn=ImageBatch.collate)
+    kinds = _write_images(_held_out(datamodule), seed, output)
     rows = []
     for checkpoint in checkpoints:
         trained = model.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False)
+        post_processor: Any = trained.post_processor
+        post_processor.enable_normalization = True  # torchmetrics takes scores above 1 for logits
         engine = Engine(default_root_dir=output, logger=False, enable_progress_bar=False)
-        batches: Any = engine.predict(trained, dataloaders=loader)
-        rows.append({"checkpoint": str(checkpoint), **_figures(kinds, items, batches)})
+        batches: Any = engine.predict(trained, data_path=output / "images")
+        rows.append({"checkpoint": str(checkpoint), **_figures(kinds, output / "masks", batches)})
         DataFrame(rows).to_csv(output / "synthetic-defects.csv", index=False)
     return DataFrame(rows).sort_values("image_AUROC", ascending=False, ignore_index=True)
 
 
-def _images(datamodule: AnomalibDataModule, seed: int) -> tuple[list[str], list[ImageItem]]:
-    """Held-out normal images, and each again with a defect of each kind; the kinds beside them."""
+def _held_out(datamodule: AnomalibDataModule) -> Subset[ImageItem]:
     if datamodule.val_split_mode in SPLITS_FROM_TEST:
         msg = (
             f"The validation images of {type(datamodule).__name__} are test images, by which nothing may be chosen: "
@@ -83,43 +85,71 @@ def _images(datamodule: AnomalibDataModule, seed: int) -> tuple[list[str], list[
         )
         raise ValueError(msg)
     datamodule.setup()
-    validation: Any = datamodule.val_data
-    held_out = [item for item in validation if not item.gt_label]
-    if not held_out:
+    validation: Any = getattr(datamodule, "val_data", [])
+    normal = [number for number, label in enumerate(validation.samples.label_index) if not label] if validation else []
+    if not normal:
         raise ValueError(
             "There are no normal validation images: take anomalib_intra.MVTec, or val_split_mode=from_train."
         )
+    return Subset(validation, normal)
+
+
+def _write_images(held_out: Subset[ImageItem], seed: int, folder: Path) -> dict[str, str]:
+    """Write normal images, and each again with a defect of each kind beside its mask, as files that a test would read.
+
+    Returns:
+        dict[str, str]: What kind each file is of.
+    """
     seed_everything(seed, verbose=False)
-    kinds, items = [], []
-    for item in held_out:
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    kinds = {}
+    for number in range(len(held_out)):
+        item = held_out[number]
         image = torch.as_tensor(item.image)
-        for kind in (_NORMAL, *KINDS):
-            changed, mask = (image, image[0] < 0) if kind == _NORMAL else add_defect(image, kind)
-            label = torch.tensor(kind != _NORMAL)
-            kinds.append(kind)
-            items.append(ImageItem(image=changed, gt_mask=mask, gt_label=label, image_path=item.image_path))
-    return kinds, items
+        stem = f"{number:04}_{Path(str(item.image_path)).stem}"
+        save_image(image, folder / "images" / f"{stem}_{_NORMAL}.png")
+        kinds[f"{stem}_{_NORMAL}.png"] = _NORMAL
+        for kind in KINDS:
+            try:
+                changed, mask = add_defect(image, kind)
+            except ValueError as error:
+                logger.warning("%s is left out of the kind: %s", item.image_path, error)
+                continue
+            save_image(changed, folder / "images" / f"{stem}_{kind}.png")
+            save_image(mask.float(), folder / "masks" / f"{stem}_{kind}.png")
+            kinds[f"{stem}_{kind}.png"] = kind
+    return kinds
 
 
-def _save(kinds: list[str], items: list[ImageItem], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for kind, item in zip(kinds, items, strict=True):
-        save_image(torch.as_tensor(item.image), folder / f"{Path(str(item.image_path)).stem}_{kind}.png")
-
-
-def _figures(kinds: list[str], items: list[ImageItem], batches: Sequence[ImageBatch]) -> dict[str, float]:
-    scores = torch.cat([torch.as_tensor(batch.pred_score).flatten().cpu() for batch in batches])
-    maps = torch.cat([torch.as_tensor(batch.anomaly_map).cpu() for batch in batches])
-    maps = maps.reshape(len(items), *maps.shape[-2:])
-    masks = torch.stack([torch.as_tensor(item.gt_mask) for item in items]).float()
-    masks = interpolate(masks[:, None], size=maps.shape[-2:])[:, 0]
+def _figures(kinds: dict[str, str], masks: Path, batches: Iterable[ImageBatch]) -> dict[str, float]:
+    of_item, scores, maps, truth = [], [], [], []
+    for batch in batches:
+        for item in batch:
+            name = Path(str(item.image_path)).name
+            if (kind := kinds.get(name)) is None:
+                continue  # a file of an earlier run
+            anomaly_map = torch.as_tensor(item.anomaly_map).cpu()
+            anomaly_map = anomaly_map.reshape(1, *anomaly_map.shape[-2:])
+            mask = torch.zeros_like(anomaly_map)
+            if kind != _NORMAL:
+                mask = interpolate(read_image(str(masks / name))[None, :1] / 255, mask.shape[-2:])[0]
+            of_item.append(kind)
+            scores.append(torch.as_tensor(item.pred_score).cpu().flatten())
+            maps.append(anomaly_map)
+            truth.append(mask)
+    present = [kind for kind in KINDS if kind in of_item]  # in plain images, some kinds cannot be seen
     figures = {}
-    for kind in KINDS:
-        chosen = torch.tensor([of_item in (_NORMAL, kind) for of_item in kinds])
-        is_defective = torch.tensor([of_item == kind for of_item in kinds])
-        figures[f"image_{kind}"] = float(binary_auroc(scores[chosen], is_defective[chosen].int()))
-        figures[f"pixel_{kind}"] = float(binary_auroc(maps[chosen].flatten(), masks[chosen].flatten().int()))
+    for kind in present:
+        chosen = [number for number, one in enumerate(of_item) if one in (_NORMAL, kind)]
+        labels, values, pixels, is_defect = (
+            torch.cat([column[number].flatten() for number in chosen])
+            for column in ([torch.tensor([int(one == kind)]) for one in of_item], scores, maps, truth)
+        )
+        figures[f"image_{kind}"] = float(binary_auroc(values, labels))
+        figures[f"pixel_{kind}"] = float(binary_auroc(pixels, (is_defect > 0.5).int()))
     means = {
-        f"{what}_AUROC": sum(figures[f"{what}_{kind}"] for kind in KINDS) / len(KINDS) for what in ("image", "pixel")
+        f"{what}_AUROC": sum(figures[f"{what}_{kind}"] for kind in present) / len(present)
+        for what in ("image", "pixel")
     }
     return means | figures
