@@ -19,6 +19,7 @@ from anomalib_intra.experiments.loss_curve import LossCurve, read_curve
 from anomalib_intra.experiments.select_size import select_size
 from anomalib_intra.experiments.select_size.rule import averaged, choose
 from anomalib_intra.experiments.select_size.selection import selection
+from anomalib_intra.experiments.train_command import TrainCommand
 
 from ..conftest import TINY
 
@@ -293,3 +294,10 @@ def test_the_one_pass_model_is_trained_by_epochs_whatever_its_minutes(
     written = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["model"]["init_args"]
     assert written["minutes"] == 1e-4
     assert written["image_size"] == [int(table.loc[table["chosen"], "image_size"].item())] * 2
+
+
+def test_a_config_without_minutes_is_written_without_them() -> None:
+    """Left out, they would be the default half hour, whatever epochs the config has."""
+    command = TrainCommand(["--config", "configs/quickstart.yaml", "--model.image_size=[64,64]"])
+    assert command.settings["model"]["init_args"]["minutes"] is None
+    assert command.settings["model"]["init_args"]["image_size"] == [64, 64]
