@@ -330,14 +330,6 @@ def test_text_in_brackets_is_printed_as_it_is(tmp_path: Path, monkeypatch, capsy
     assert "[/tmp/x] is not in [cpu, cuda]" in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_row_of_another_device_counts_as_missing(tmp_path: Path) -> None:
-    (run, _) = runs_of(tmp_path)
-    finished(run)
-    assert run.is_done
-    run.accelerator = "another"
-    assert run.row is None
-
-
 def test_a_damaged_row_counts_as_missing(tmp_path: Path) -> None:
     (run, _) = runs_of(tmp_path)
     finished(run)

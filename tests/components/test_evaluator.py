@@ -2,10 +2,10 @@
 """A checkpoint is tested with any metrics, whichever it was trained with."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from anomalib.metrics import Evaluator
 
 from anomalib_intra import TextureDemo
 from anomalib_intra.components.batch import UnroundedBatch
@@ -26,20 +26,19 @@ def test_metrics_are_those_of_the_test_and_not_of_the_checkpoint(papers: str, de
     assert ("pixel_AUPRO" in metrics) == (papers == "tested")
 
 
-def test_raw_scores_rank_in_their_order_whichever_batches_they_come_in() -> None:
-    """Of scores outside [0, 1], torchmetrics takes those of the batch for logits, and 40 and 50 for the same."""
-    evaluator = SelectiveEvaluator(PaperEvaluator(decisions=False))
-    model = SimpleNamespace(post_processor=SimpleNamespace(enable_normalization=False))
+@pytest.mark.parametrize("stage", ["test", "validation"])
+def test_raw_scores_rank_in_their_order_whichever_batches_they_come_in(stage: str) -> None:
+    """Of scores above 1, torchmetrics takes those of the batch for logits, and 40 and 50 for the same."""
+    metrics = PaperEvaluator(decisions=False).test_metrics
+    evaluator = SelectiveEvaluator(Evaluator(val_metrics=list(metrics), test_metrics=list(metrics)))
     for scores, labels in (([0.7, 0.9], [0, 1]), ([2.0, 40.0], [1, 0]), ([50.0, 3e-9], [1, 0])):
-        maps = torch.tensor(scores)[:, None, None, None].expand(-1, 1, 4, 4)
         batch = UnroundedBatch(
             image=torch.rand(2, 3, 4, 4),
             pred_score=torch.tensor(scores),
-            anomaly_map=maps,
+            anomaly_map=torch.tensor(scores)[:, None, None, None].expand(-1, 1, 4, 4),
             gt_label=torch.tensor(labels),
             gt_mask=torch.tensor(labels)[:, None, None].expand(-1, 4, 4),
         )
-        evaluator.on_test_batch_end(None, model, None, batch, 0)
-        assert batch.pred_score.tolist() == torch.tensor(scores).tolist()  # as it was
-    figures = {metric.name: metric.compute() for metric in evaluator.test_metrics if metric.name.endswith("AUROC")}
+        getattr(evaluator, f"on_{stage}_batch_end")(None, None, None, batch, 0)
+    figures = {metric.name: metric.compute() for metric in metrics if metric.name.endswith("AUROC")}
     assert figures["image_AUROC"] == figures["pixel_AUROC"] == pytest.approx(7 / 9)  # 40 lies above 0.9 and 2

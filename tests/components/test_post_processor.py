@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from anomalib.data import ImageBatch
 from anomalib.metrics import AUROC, F1AdaptiveThreshold
 
 from anomalib_intra import InTraPostProcessor, UnsaturatedPostProcessor
@@ -276,6 +277,17 @@ def test_labelled_anomalies_decide_whatever_the_odds() -> None:
     post_processor.observe(batch)
     post_processor.set_thresholds()
     assert float(post_processor.pixel_threshold) == pytest.approx(np.log1p(np.exp(-6.0)), rel=1e-4)
+
+
+def test_thresholds_of_raw_scores_far_above_one_are_such_scores() -> None:
+    post_processor = UnsaturatedPostProcessor()
+    scores = torch.tensor([3.0, 20.0, 30.0, 50.0])
+    labels = torch.tensor([0, 0, 1, 1])
+    maps, masks = (x[:, None, None].expand(-1, 8, 8) for x in (scores, labels))
+    batch = ImageBatch(torch.rand(4, 3, 8, 8), pred_score=scores, gt_label=labels, anomaly_map=maps, gt_mask=masks)
+    post_processor.observe(batch)
+    post_processor.set_thresholds()
+    assert post_processor.image_threshold == post_processor.pixel_threshold == 30
 
 
 def test_thresholds_with_labelled_anomalies_are_those_of_the_best_f1() -> None:

@@ -61,6 +61,8 @@ def test_anomalies_among_the_training_images_are_left_out_before_anything_is_cou
     [
         {"sampler": SubsetRandomSampler([0, 1])},
         {"sampler": WeightedRandomSampler([1.0] * 54, 54)},
+        {"sampler": RandomSampler(range(54), num_samples=10)},
+        {"sampler": RandomSampler(range(54), replacement=True)},
         {"batch_sampler": BatchSampler(RandomSampler(range(54)), 4, drop_last=False)},
     ],
 )

@@ -301,3 +301,5 @@ def test_a_config_without_minutes_is_written_without_them() -> None:
     command = TrainCommand(["--config", "configs/quickstart.yaml", "--model.image_size=[64,64]"])
     assert command.settings["model"]["init_args"]["minutes"] is None
     assert command.settings["model"]["init_args"]["image_size"] == [64, 64]
+    papers = TrainCommand(["--config", "configs/intra.yaml", "--model.depth=1", "--model.embed_dim=16"])
+    assert not [name for name in papers.settings["model"]["init_args"] if "." in name]

@@ -117,8 +117,11 @@ def test_nothing_is_chosen_by_test_images(demo_root: Path, tmp_path: Path) -> No
         synthetic_defects(InTra, [], data, output=tmp_path)
 
 
-def test_images_that_another_draw_would_hold_out_are_refused(demo_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [ValSplitMode.FROM_TRAIN, ValSplitMode.SYNTHETIC])
+def test_images_that_another_draw_would_hold_out_are_refused(
+    mode: ValSplitMode, demo_root: Path, tmp_path: Path
+) -> None:
     folders = {"name": "parts", "root": demo_root / "weave", "normal_dir": "train/good", "abnormal_dir": "test/hole"}
-    data = Folder(**folders, val_split_mode=ValSplitMode.FROM_TRAIN, num_workers=0)
+    data = Folder(**folders, val_split_mode=mode, num_workers=0)
     with pytest.raises(ValueError, match=r"Folder would hold out other images than in the training.*--data.seed 0"):
         synthetic_defects(InTra, [], data, output=tmp_path)

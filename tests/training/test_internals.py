@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
-from anomalib.metrics import AUROC
+from anomalib.metrics import AUROC, F1Max
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import DataLoader, TensorDataset
@@ -128,6 +128,14 @@ def test_forget_update_lets_a_metric_warn_that_it_saw_nothing() -> None:
     metric.update(SimpleNamespace(pred_score=None, gt_label=None))
     internals.forget_update(metric)
     assert not metric.update_called
+
+
+def test_expect_raw_scores_ends_the_guessing_within_metrics_too() -> None:
+    for metric in (F1Max(fields=["pred_score", "gt_label"]), AUROC(fields=["pred_score", "gt_label"])):
+        internals.expect_raw_scores(metric)
+        metric.update(SimpleNamespace(pred_score=torch.tensor([20.0, 30.0, 40.0]), gt_label=torch.tensor([0, 1, 0])))
+        metric.update(SimpleNamespace(pred_score=torch.tensor([0.9]), gt_label=torch.tensor([0])))
+        assert metric.compute() == pytest.approx(2 / 3)  # a sigmoid would tie 20, 30 and 40
 
 
 def test_every_function_has_a_test_here() -> None:

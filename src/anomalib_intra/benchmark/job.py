@@ -56,14 +56,12 @@ class BenchmarkRun(Job):
 
     @property
     def row(self) -> dict[str, Any] | None:
-        """The row of this run with these settings on this kind of device, or None if it was not run yet."""
+        """The row of this run with these settings, or None if it was not run yet."""
         try:
             stored = json.loads((self.folder / "row.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
-        # Times on another device are not to be compared. (Rows of earlier versions do not tell theirs.)
-        same = stored["config"] == self.config and stored.get("accelerator", self.accelerator) == self.accelerator
-        return stored["row"] if same else None
+        return stored["row"] if stored["config"] == self.config else None
 
     @property
     def is_done(self) -> bool:
@@ -156,8 +154,7 @@ class BenchmarkRun(Job):
     def _store(self, measured: dict[str, Any], error: str) -> None:
         pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
         head = {"model": self.model, "category": self.category, "seed": self.seed, "pretrained": pretrained}
-        row = {**head, **measured, "error": error}
-        text = json.dumps({"config": self.config, "accelerator": self.accelerator, "row": row}, indent=1)
+        text = json.dumps({"config": self.config, "row": {**head, **measured, "error": error}}, indent=1)
         write_atomically(self.folder / "row.json", text)
 
     @staticmethod

@@ -46,16 +46,6 @@ class UnroundedBatch(ImageBatch):
         batch = copy.copy(self)
         return batch.update(**{name: getattr(self, name).float() for name in double})
 
-    def below_one(self) -> "UnroundedBatch":
-        """Give the same batch with raw scores and maps, none of which is negative, brought into [0, 1) in their order.
-
-        Returns:
-            UnroundedBatch: A copy that shares all else, with ``x / (1 + x)`` in the place of each x.
-        """
-        raw = {name: getattr(self, name) for name in ("pred_score", "anomaly_map")}
-        given = {name: x.double() if x.device.type != "mps" else x for name, x in raw.items() if x is not None}
-        return copy.copy(self).update(**{name: x / (1 + x) for name, x in given.items()})
-
     @staticmethod
     def validate_anomaly_map(anomaly_map: torch.Tensor | None) -> Mask | None:
         """Check the map as anomalib does, but keep float64."""

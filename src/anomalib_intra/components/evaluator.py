@@ -9,6 +9,7 @@ from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1AdaptiveThreshold,
 from torch.nn import ModuleList
 
 from anomalib_intra.components.batch import UnroundedBatch
+from anomalib_intra.training.internals import expect_raw_scores
 
 #: Metrics that compare scores with each other, which rounding would tie; all of them take float64.
 _RANKING = (AUROC, AUPR, AUPRO, F1Max, F1AdaptiveThreshold)
@@ -21,9 +22,8 @@ _DECISIONS = {"pred_label", "pred_mask"}
 class SelectiveEvaluator(Evaluator):
     """Gives each metric what it can take, and computes none that the present validation cannot give.
 
-    Metrics that compare scores with each other get scores and maps as they are, but for raw ones, of which torchmetrics
-    would take those of some batches for logits: these are brought below 1 in their order. All other metrics, some of
-    which fail on float64, get them in float32.
+    Metrics that compare scores with each other get scores and maps as they are, raw ones too; all others, some of which
+    fail on float64, get them in float32.
 
     Args:
         evaluator (Evaluator): Its metrics are shared.
@@ -37,6 +37,8 @@ class SelectiveEvaluator(Evaluator):
     def __init__(self, evaluator: Evaluator) -> None:
         super().__init__(compute_on_cpu=evaluator.compute_on_cpu)
         self.val_metrics, self.test_metrics = evaluator.val_metrics, evaluator.test_metrics
+        for metric in (*self.val_metrics, *self.test_metrics):
+            expect_raw_scores(metric)
         self._lacking: set[str] = set()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -82,8 +84,8 @@ class SelectiveEvaluator(Evaluator):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics of the validation."""
-        del trainer, outputs, batch_idx, dataloader_idx
-        _update(self._possible(), batch, pl_module.post_processor.enable_normalization)
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        _update(self._possible(), batch)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute and log them."""
@@ -96,8 +98,8 @@ class SelectiveEvaluator(Evaluator):
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics of the test."""
-        del trainer, outputs, batch_idx, dataloader_idx
-        _update(self.test_metrics, batch, pl_module.post_processor.enable_normalization)
+        del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        _update(self.test_metrics, batch)
 
     def _possible(self) -> list[Any]:
         return [metric for metric in self.val_metrics if metric.name not in self._lacking]
@@ -117,16 +119,10 @@ def patient(evaluator: Evaluator) -> Evaluator:
     return SelectiveEvaluator(evaluator) if as_anomalib else evaluator
 
 
-def _update(metrics: Any, batch: ImageBatch, normalized: bool) -> None:
-    rounded = below_one = batch
-    if isinstance(batch, UnroundedBatch):
-        rounded = batch.rounded()
-        below_one = batch if normalized else batch.below_one()
+def _update(metrics: Any, batch: ImageBatch) -> None:
+    rounded = batch.rounded() if isinstance(batch, UnroundedBatch) else batch
     for metric in metrics:
-        if isinstance(metric, F1AdaptiveThreshold):  # gives a score, which must be one of the model's
-            metric.update(batch)
-        else:
-            metric.update(below_one if isinstance(metric, _RANKING) else rounded)
+        metric.update(batch if isinstance(metric, _RANKING) else rounded)
 
 
 def _fields(metric: Any) -> list[str]:

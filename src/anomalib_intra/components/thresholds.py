@@ -16,6 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import is_normal
+from anomalib_intra.training.internals import expect_raw_scores
 from anomalib_intra.training.processes import gathered
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,8 @@ class UnsaturatedPostProcessor(PostProcessor):
         check_shares(closed=True, **quantiles)
         switches = asked(enable_normalization=enable_normalization, enable_thresholding=enable_thresholding)
         super().__init__(**switches, **sensitivities)
+        for metric in (self._image_threshold_metric, self._pixel_threshold_metric):
+            expect_raw_scores(metric)
         self.image_quantile: float = quantiles.get("image_quantile", 0.99)
         self.pixel_quantile: float = quantiles.get("pixel_quantile", 0.999)
         #: The settings that were given, which outlive a checkpoint made with others.

@@ -224,11 +224,18 @@ def _has(images: Any, kind: str) -> bool:
 
 def _refuse_choice(loader: DataLoader[Any] | None) -> None:
     """Refuse a loader that takes only some images of its data set, or some more often: others are made from that."""
-    kinds = (RandomSampler, SequentialSampler, DistributedSampler)
-    if loader is not None and (loader.batch_size is None or not isinstance(loader.sampler, kinds)):
+    if loader is None:
+        return
+    sampler: Any = loader.sampler
+    takes_each_once = isinstance(sampler, DistributedSampler) or (
+        isinstance(sampler, RandomSampler | SequentialSampler)
+        and not getattr(sampler, "replacement", False)
+        and len(sampler) == len(loader.dataset)  # type: ignore[arg-type]
+    )
+    if loader.batch_size is None or not takes_each_once:
         msg = (
-            f"A loader with a {type(loader.sampler).__name__} or a batch_sampler of its own would lose it here, and "
-            "with it the choice of images: give it a torch.utils.data.Subset of them, and batch_size and shuffle."
+            f"A loader with a {type(sampler).__name__} or a batch_sampler of its own would lose it here, and with it "
+            "the choice of images: give it a torch.utils.data.Subset of them, and batch_size and shuffle."
         )
         raise ValueError(msg)
 

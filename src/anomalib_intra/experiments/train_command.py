@@ -56,8 +56,8 @@ class TrainCommand(AnomalibCLI):
             raise ValueError("The config has no data to train on: add a datamodule with its class_path.")
         self.settings = yaml.safe_load(parser_of(self, "fit").dump(self.config["fit"], skip_default=True))
         # An argument that is None is left out, and with it the user's word: minutes=None is not the default.
-        given = self.config["fit"]["model"].get("init_args") or {}
-        nothing = {name: None for name, value in dict(given).items() if value is None}
+        given = self.config["fit"]["model"]["init_args"]
+        nothing = {name: None for name, value in given.items(nested=False) if value is None}
         self.settings["model"].setdefault("init_args", {}).update(nothing)
         # A seed of 1 equals the default, which is True, and would be left out.
         self.settings["seed_everything"] = self.config["fit"]["seed_everything"]

@@ -19,8 +19,8 @@ _SHAPES = torch.tensor([0.5, 0.25, 0.25])
 _FILLINGS = torch.tensor([0.2, 0.1, 0.1, 0.15, 0.15, 0.1, 0.2])
 #: How many parts of a spoiled image are replaced, each in another way: on a random texture, only some can be seen.
 _FEWEST, _MOST = 1, 3
-#: Share of what is of a colour of its own that is grey instead, or keeps its hue. Otherwise a strange hue would give
-#: away nearly all of it where parts are grey, and who knows that by hue misses the defects that are as grey.
+#: Share of the colours and patterns that are grey, and of the light that has no tint. Otherwise a strange hue would
+#: give them away where parts are grey, and who knows spoiled parts by their hue misses the defects that are as grey.
 _GREY = 0.5
 #: Cells of a pattern along either side, as powers of 2, and its contrast, as a power of e.
 _CELLS, _CONTRAST = (2.0, 6.5), (0.0, 2.5)

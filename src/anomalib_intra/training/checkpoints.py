@@ -180,8 +180,7 @@ class LastCheckpoint(Checkpoint):
             there = self.path is not None and self.path.is_file()
             logger.warning(
                 "Training was stopped. %s",
-                f"Go on with --ckpt_path {self.path}. Its checkpoints score no images before the training ends: fewer "
-                "minutes or epochs end it sooner."
+                f"Go on with --ckpt_path {self.path}. Its checkpoints score no images before the training has ended."
                 if there
                 else "Nothing had been saved yet.",
             )

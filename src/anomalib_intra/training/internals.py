@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.tuner.lr_finder import _LRCallback
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryPrecisionRecallCurve
 
 
 def training_source(trainer: Trainer) -> Any:
@@ -106,3 +107,14 @@ def forget_update(metric: Metric) -> None:
         metric (Metric): The metric.
     """
     metric._update_count -= 1
+
+
+def expect_raw_scores(metric: Metric) -> None:
+    """Let a metric take scores as they are: torchmetrics takes those above 1 for logits, and guesses batch by batch.
+
+    Args:
+        metric (Metric): Any metric; one that guesses nothing stays as it is.
+    """
+    for part in metric.modules():
+        if isinstance(part, BinaryPrecisionRecallCurve):
+            part.normalization = None

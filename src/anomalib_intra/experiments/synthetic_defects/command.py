@@ -78,7 +78,7 @@ def _held_out(datamodule: AnomalibDataModule) -> Subset[ImageItem]:
             "take anomalib_intra.MVTec, or val_split_mode=from_train."
         )
         raise ValueError(msg)
-    if datamodule.val_split_mode == ValSplitMode.FROM_TRAIN and datamodule.seed is None:
+    if datamodule.val_split_mode in (ValSplitMode.FROM_TRAIN, ValSplitMode.SYNTHETIC) and datamodule.seed is None:
         msg = (
             f"{type(datamodule).__name__} would hold out other images than in the training, and take some that were "
             "trained on for held-out ones: train with a seed for its split (--data.seed 0), and give the same here."
@@ -103,6 +103,8 @@ def _write_images(held_out: Subset[ImageItem], seed: int, folder: Path) -> dict[
     seed_everything(seed, verbose=False)
     for part in ("images", "masks"):
         (folder / part).mkdir(parents=True, exist_ok=True)
+        for of_an_earlier_run in (folder / part).glob("[0-9][0-9][0-9][0-9]_*.png"):
+            of_an_earlier_run.unlink()
     kinds = {}
     for number in range(len(held_out)):
         item = held_out[number]
@@ -128,7 +130,7 @@ def _figures(kinds: dict[str, str], masks: Path, batches: Iterable[ImageBatch]) 
         for item in batch:
             name = Path(str(item.image_path)).name
             if (kind := kinds.get(name)) is None:
-                continue  # a file of an earlier run
+                continue  # not one of ours
             anomaly_map = torch.as_tensor(item.anomaly_map).cpu()
             anomaly_map = anomaly_map.reshape(1, *anomaly_map.shape[-2:])
             mask = torch.zeros_like(anomaly_map)
