@@ -90,6 +90,25 @@ def test_training_to_a_time_ends_there_with_the_learning_rate_down(demo_root: Pa
     assert again.trainer.global_step <= engine.trainer.global_step + 1
 
 
+@pytest.mark.parametrize(
+    ("model", "trainer"),
+    [({"minutes": 1e-6}, {"max_epochs": -1}), ({"minutes": None}, {"max_epochs": 1})],
+    ids=["fewer minutes", "as many epochs"],
+)
+def test_a_run_that_was_cut_off_can_be_ended_at_once(
+    model: dict, trainer: dict, few: TextureDemo, tmp_path: Path
+) -> None:
+    engine = tiny_engine(tmp_path / "first", max_epochs=1)
+    engine.fit(tiny_one_pass(minutes=10), datamodule=few)
+    cut_off = Path(engine.best_model_path).with_name("last.ckpt")
+    assert not OnePassInTra.load_from_checkpoint(cut_off).is_calibrated
+    steps = torch.load(cut_off, weights_only=False)["global_step"]
+    engine = tiny_engine(tmp_path / "second", **trainer)
+    engine.fit(tiny_one_pass(**model), datamodule=few, ckpt_path=cut_off)
+    assert engine.trainer.global_step <= steps + 1
+    assert OnePassInTra.load_from_checkpoint(engine.best_model_path).is_calibrated
+
+
 def test_prediction_from_a_checkpoint_equals_that_of_the_model(
     trained_one_pass: Run, demo_root: Path, tmp_path: Path
 ) -> None:
