@@ -358,11 +358,10 @@ def test_a_loss_that_is_no_number_stops_training_and_spoils_no_checkpoint(demo_r
 
 def test_a_loss_that_is_no_number_is_found_before_saving_where_it_was_not_looked_at_yet() -> None:
     finite = FiniteLoss()
-    finite._unseen = (torch.tensor(torch.inf), 7, torch.tensor([0]))
-    trainer = SimpleNamespace(
-        train_dataloader=SimpleNamespace(names=["a.png"]), checkpoint_callbacks=[], current_epoch=0
-    )
-    with pytest.raises(FloatingPointError, match="loss is inf at step 7"):
+    finite._unseen = (torch.tensor(torch.inf), 7, torch.tensor([0]), ["a.png"])
+    loader = SimpleNamespace(names=["of another pool.png"])  # the next step's, by now
+    trainer = SimpleNamespace(train_dataloader=loader, checkpoint_callbacks=[], current_epoch=0)
+    with pytest.raises(FloatingPointError, match=r"loss is inf at step 7 .*come from a\.png\."):
         finite.on_save_checkpoint(trainer, tiny_intra(), {})
 
 
