@@ -40,6 +40,17 @@ def test_only_what_is_said_to_be_replaced_changes(size):
     assert not torch.isclose(spoiled[changed], images[changed]).flatten(1).all(dim=1).any()
 
 
+def test_small_parts_lie_where_there_is_something_to_see():
+    """Most of an image of a screw is a plain background, where nobody learns what is wrong with a thread."""
+    torch.manual_seed(0)
+    images = torch.full((400, 3, 64, 64), 0.5)
+    images[..., 8:24, 40:56] = torch.rand(400, 1, 16, 16)
+    _, replaced = spoil(images, images, share=1.0)
+    density = (replaced > 0).float().mean(dim=(0, 1))
+    assert density[8:24, 40:56].mean() > 2 * density[40:56, 8:24].mean()
+    assert density.min() > 0.01  # and some lie anywhere
+
+
 def test_as_many_images_are_spoiled_as_asked_for():
     torch.manual_seed(0)
     images, donors = pair((32, 32))
@@ -70,7 +81,7 @@ def test_what_is_spoiled_on_colour_images_is_often_as_grey_as_they_are():
 
 def test_a_faint_part_belongs_to_what_was_replaced_as_much_as_a_strong_one():
     torch.manual_seed(0)
-    images, donors = torch.zeros(100, 3, 64, 64), torch.ones(100, 3, 64, 64)
+    images, donors = torch.zeros(60, 3, 128, 128), torch.ones(60, 3, 128, 128)  # (of a smaller part, most is its rim)
     spoiled, replaced = spoil(images, donors, share=1.0)
     faint = ((spoiled > 0) & (spoiled < 0.9)).any(dim=1, keepdim=True)
     assert (replaced[faint] == 1).float().mean() > 0.3

@@ -38,7 +38,7 @@ _GMS_WEIGHT = 5.0
 #: Share of the pixels whose mean is the score of an image, chosen by synthetic defects: docs/lab/settings.md.
 _SCORE_SHARE = 0.005
 #: Shares of the training images that are spoiled, and that are seen in another light where that was asked for.
-_SPOILED, _IN_ANOTHER_LIGHT = 0.6, 0.7
+_SPOILED, _IN_ANOTHER_LIGHT = 0.85, 0.7
 
 
 class OnePassInTra(ReconstructionModule):

@@ -18,7 +18,15 @@ _SHAPES = torch.tensor([0.5, 0.25, 0.25])
 #: the same in another light, a plain colour, a pattern.
 _FILLINGS = torch.tensor([0.2, 0.1, 0.1, 0.15, 0.15, 0.1, 0.2])
 #: How many parts of a spoiled image are replaced, each in another way: on a random texture, only some can be seen.
-_FEWEST, _MOST = 1, 3
+_FEWEST, _MOST = 1, 5
+#: Share of them that are small and lie where there is something to see. Anywhere is mostly background where parts are
+#: small, and who learns on that misses what is wrong with the part.
+_SMALL_PARTS = 0.6
+#: Their radius as a share of the image's shorter side, as a power of e.
+_RADIUS = (-4.2, -2.1)
+#: Side of the cells that are told apart by how much there is to see, in pixels, and how much a plain one counts, as a
+#: share of the mean.
+_CELL, _PLAIN = 4, 0.2
 #: Share of the colours and patterns that are grey, and of the light that has no tint. Otherwise a strange hue would
 #: give them away where parts are grey, and who knows spoiled parts by their hue misses the defects that are as grey.
 _GREY = 0.5
@@ -50,9 +58,13 @@ def spoil(images: torch.Tensor, donors: torch.Tensor, share: float) -> tuple[tor
     for number, (image, donor) in enumerate(zip(images, donors, strict=True)):
         if torch.rand(()) < share:
             for _ in range(_integer(_FEWEST, _MOST)):
-                shape = _shape(image.shape[-2:]).to(image)
+                shape, place = _shape(image.shape[-2:]), None
+                if _coin(_SMALL_PARTS):
+                    place = _place(image)
+                    shape = _part_at(place, shape)
+                shape = shape.to(image)
                 amount = shape * (_uniform(0.3, 1.0) if _coin(0.4) else 1.0)
-                spoiled[number] = torch.lerp(spoiled[number], _filling(image, donor), amount).clamp(0, 1)
+                spoiled[number] = torch.lerp(spoiled[number], _filling(image, donor, place), amount).clamp(0, 1)
                 replaced[number] = torch.maximum(replaced[number], shape)
     return spoiled, replaced
 
@@ -69,13 +81,35 @@ def _shape(size: torch.Size) -> torch.Tensor:
     return avg_pool2d(shape.float()[None], 5, stride=1, padding=2)[0] if _coin(0.5) else shape.float()
 
 
-def _filling(image: torch.Tensor, donor: torch.Tensor) -> torch.Tensor:
-    """What replaces the parts of an image, a whole image of the same shape."""
+def _place(image: torch.Tensor) -> tuple[int, int]:
+    """Draw a row and a column, the more likely the more there is to see around them."""
+    variance = avg_pool2d(image**2, _CELL) - avg_pool2d(image, _CELL) ** 2
+    detail = variance.mean(dim=0).clamp(min=0).sqrt().cpu()
+    cell = int(torch.multinomial((detail + _PLAIN * detail.mean() + 1e-6).flatten(), 1))
+    row, column = divmod(cell, detail.shape[1])
+    return _CELL * row + _integer(0, _CELL - 1), _CELL * column + _integer(0, _CELL - 1)
+
+
+def _part_at(place: tuple[int, int], shape: torch.Tensor) -> torch.Tensor:
+    """Cut a small part out of a shape, shifted so that one of its pixels lies at a place."""
+    height, width = shape.shape[-2:]
+    pixels = (shape[0] > 0.5).nonzero()
+    if len(pixels):
+        row, column = pixels[_integer(0, len(pixels) - 1)].tolist()
+        shape = shape.roll((place[0] - row, place[1] - column), (-2, -1))
+    else:
+        shape = torch.ones_like(shape)
+    rows, columns = torch.meshgrid(torch.arange(height) - place[0], torch.arange(width) - place[1], indexing="ij")
+    return shape * (rows**2 + columns**2 < (math.exp(_uniform(*_RADIUS)) * min(height, width)) ** 2)
+
+
+def _filling(image: torch.Tensor, donor: torch.Tensor, place: tuple[int, int] | None) -> torch.Tensor:
+    """What replaces a part of an image, at a place if it is a small one: a whole image of the same shape."""
     kind = int(torch.multinomial(_FILLINGS, 1))
     if kind == 0:
-        return _elsewhere(image)
+        return _elsewhere(image, place)
     if kind == 1:
-        return _elsewhere(donor)
+        return _elsewhere(donor, place)
     if kind == 2:
         return donor
     if kind == 3:
@@ -100,12 +134,15 @@ def _pattern(size: torch.Size) -> torch.Tensor:
     return torch.sigmoid(noise * math.exp(_uniform(*_CONTRAST)))
 
 
-def _elsewhere(image: torch.Tensor) -> torch.Tensor:
-    """An image shifted by any distance, and flipped and turned."""
+def _elsewhere(image: torch.Tensor, place: tuple[int, int] | None) -> torch.Tensor:
+    """An image flipped, turned and shifted by any distance, or so that something to see comes to a place."""
     height, width = image.shape[-2:]
-    image = image.roll((_integer(0, height - 1), _integer(0, width - 1)), (-2, -1))
     image = image.flip(-1) if _coin(0.5) else image
-    return image.mT if height == width and _coin(0.5) else image
+    image = image.mT if height == width and _coin(0.5) else image
+    if place is None or _coin(0.3):
+        return image.roll((_integer(0, height - 1), _integer(0, width - 1)), (-2, -1))
+    source = _place(image)
+    return image.roll((place[0] - source[0], place[1] - source[1]), (-2, -1))
 
 
 def _noise(size: torch.Size, cells: tuple[int, int]) -> torch.Tensor:
