@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CutPaste as users run it: trained, resumed, saved, loaded, predicted with and exported."""
 
+import logging
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from anomalib_intra import CutPaste, MVTec, TextureDemo
+from anomalib_intra import CutPaste, MVTec, TextureDemo, UnsaturatedPostProcessor
 from anomalib_intra.metrics import PaperEvaluator
 
 from ..conftest import CONFIGS, Run, tiny_engine, train_and_test
@@ -176,6 +178,43 @@ def test_onnx_and_openvino_score_like_the_model(run: str, few: TextureDemo, tmp_
         for got in (of_onnx, compiled(batch.numpy())):
             np.testing.assert_allclose(got["pred_score"], expected.pred_score, rtol=0, atol=1e-3)
             np.testing.assert_allclose(got["anomaly_map"], expected.anomaly_map, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("given", "message"), [(None, "32 (here None)"), (32, "None (here 32)")])
+def test_a_checkpoint_of_the_other_model_is_refused(given: int | None, message: str, request, few, tmp_path) -> None:
+    """Both have weights of the same shapes."""
+    other = request.getfixturevalue("of_images" if given else "trained")
+    with pytest.raises(ValueError, match=re.escape(f"another CutPaste, with patch_size={message}")):
+        tiny_engine(tmp_path).test(tiny(patch_size=given), datamodule=few, ckpt_path=other.checkpoint)
+
+
+def test_thresholds_follow_quantiles_that_a_test_is_given_and_the_gaussian_stays(
+    of_images: Run, few: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(post_processor=UnsaturatedPostProcessor(image_quantile=0.0, pixel_quantile=0.5))
+    model.learn_normal = None  # is not called
+    before = CutPaste.load_from_checkpoint(of_images.checkpoint)
+    with caplog.at_level(logging.WARNING):
+        tiny_engine(tmp_path, logger=False).test(model, datamodule=few, ckpt_path=of_images.checkpoint)
+    assert "calibrated with image_quantile=0.99 (here 0.0), pixel_quantile=0.999 (here 0.5)" in caplog.text
+    assert torch.equal(model.model.gaussian.mean, before.model.gaussian.mean)
+    with torch.no_grad():
+        held_out = before.model.eval()(torch.stack([torch.as_tensor(item.image) for item in few.val_data]))
+    expected = held_out.pred_score.min(), held_out.anomaly_map.quantile(0.5)
+    found = model.post_processor.image_threshold, model.post_processor.pixel_threshold
+    assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], rel=1e-4)
+
+
+def test_what_has_no_thresholds_says_so_and_is_not_exported(
+    of_images: Run, few: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(post_processor=UnsaturatedPostProcessor(image_quantile=0.5))
+    engine = tiny_engine(tmp_path, logger=False)
+    with caplog.at_level(logging.WARNING):
+        engine.predict(model, data_path=few.root / "weave/test/hole/000.png", ckpt_path=of_images.checkpoint)
+    assert "has no thresholds, without which scores are raw" in caplog.text
+    with pytest.raises(RuntimeError, match="not exported"):
+        engine.export(model, "onnx", export_root=tmp_path)
 
 
 # ---- what it is built with -------------------------------------------------------------------------------------------

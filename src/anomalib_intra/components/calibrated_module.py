@@ -231,9 +231,18 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
 
     def _ensure_calibrated(self) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
-        if self.is_calibrated or datamodule is None:
-            return  # without a datamodule, the model says what is missing
-        logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
+        if self.is_calibrated and self.post_processor.has_thresholds:
+            return
+        if self.is_calibrated:
+            logger.warning(
+                "%s has no thresholds, without which scores are raw and nothing is called anomalous: the datamodule it "
+                "was trained on has the images to set them on.",
+                self.name,
+            )
+        if datamodule is None:
+            return  # the model says what else is missing
+        if not self.is_calibrated:
+            logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
         val_loader = datamodule.val_dataloader() if has_validation_images(datamodule) else None
         self._calibrate(self._sort_out(datamodule.train_dataloader(), val_loader))
 
@@ -245,12 +254,13 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         self.train(was_training)
 
     def calibrate(self, images: NormalImages) -> None:
-        """Learn what is normal, and set the thresholds.
+        """Learn what is normal, unless that is known already, and set the thresholds.
 
         Args:
             images (NormalImages): The loaders of the run.
         """
-        self.learn_normal(images.statistics)
+        if not self.is_calibrated:
+            self.learn_normal(images.statistics)
         self.set_thresholds(images.thresholds)
         self.calibrated_through = self._described(images.statistics.dataset)
 

@@ -3,9 +3,9 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
@@ -19,9 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import R2Score
 
 from anomalib_intra.components.anomaly_map import difference_map
-from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.batch import InTraBatch, is_normal
-from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
 from anomalib_intra.components.monitoring import validates
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP, InTraPostProcessor
@@ -58,9 +56,6 @@ class ReconstructionModule(TrainedModule):
         pre_processor (PreProcessor | bool): As for :class:`TrainedModule`.
         **components (Any): As for :class:`TrainedModule`.
     """
-
-    #: The arguments that decide the shape of the weights, or what they mean.
-    architecture: ClassVar[tuple[str, ...]] = ("image_size",)
 
     post_processor: InTraPostProcessor
     post_processor_kind = InTraPostProcessor
@@ -111,11 +106,6 @@ class ReconstructionModule(TrainedModule):
         return Comparison(
             image, reconstruction, difference_map(image, reconstruction, self.post_processor.colour_weight)
         )
-
-    @property
-    def scored_with(self) -> dict[str, Any]:
-        """What the calibration depends on beside weights and post-processor."""
-        return {}
 
     # ---- components --------------------------------------------------------------------------------------------------
 
@@ -294,35 +284,11 @@ class ReconstructionModule(TrainedModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Write out what the arguments of a model mean: all defaults, and what follows from other arguments.
-
-        Args:
-            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
-
-        Returns:
-            dict[str, Any]: All arguments; equal models have equal ones.
-        """
-        return with_defaults(cls, arguments)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, then restore what was stored and still holds."""
-        saved = self.completed(checkpoint.get("hyper_parameters", {}))
-        check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
-        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-        # What an older version does not say of its calibration is in its settings, or was as in the paper: it stays so.
+        """Restore what was stored, also by an older version."""
+        # What that does not say of its calibration is in its settings, or was as in the paper: it stays so.
         checkpoint["anomalib_post_processor_config"] = {
             **PAPERS_MAP,
             **checkpoint.get("anomalib_post_processor_config", {}),
         }
-        stored = {**self.completed({}), **checkpoint["anomalib_post_processor_config"]}
-        stored |= checkpoint.get("calibrated_with", {})
-        present = {**self.scored_with, **self.post_processor.asked_calibration}
-        forget_stale_calibration(checkpoint, stored, present, blank)
         super().on_load_checkpoint(checkpoint)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store beside the weights what the calibration depends on."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}

@@ -123,12 +123,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     @property
     def calibrated_with(self) -> dict[str, Any]:
         """The settings on which training mean and thresholds depend."""
-        return {name: getattr(self, name) for name in (*PAPERS_MAP, "image_quantile", "pixel_quantile")}
-
-    @property
-    def asked_calibration(self) -> dict[str, Any]:
-        """Those of them that were given."""
-        return {name: value for name, value in self.calibrated_with.items() if name in self.asked_settings}
+        return {**{name: getattr(self, name) for name in PAPERS_MAP}, **super().calibrated_with}
 
     # ---- from reconstruction to raw map ------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import Timer
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
+from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 from anomalib_intra.components.monitoring import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
 from anomalib_intra.components.pre_processor import OnImagesOnly
@@ -73,6 +75,9 @@ class TrainedModule(CalibratedModule):
         **components (Any): As for :class:`CalibratedModule`.
     """
 
+    #: The arguments that decide the shape of the weights, or what they mean.
+    architecture: ClassVar[tuple[str, ...]] = ("image_size",)
+
     #: What samples are called in the progress bar.
     samples_name = "samples"
 
@@ -102,6 +107,23 @@ class TrainedModule(CalibratedModule):
     @abstractmethod
     def reset_parameters(self) -> None:
         """Initialise all weights anew."""
+
+    @property
+    def scored_with(self) -> dict[str, Any]:
+        """What the calibration depends on beside weights and post-processor."""
+        return {}
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Write out what the arguments of a model mean: all defaults, and what follows from other arguments.
+
+        Args:
+            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
+
+        Returns:
+            dict[str, Any]: All arguments; equal models have equal ones.
+        """
+        return with_defaults(cls, arguments)
 
     # ---- components --------------------------------------------------------------------------------------------------
 
@@ -265,6 +287,7 @@ class TrainedModule(CalibratedModule):
                 self.load_state_dict(checkpoint["state_dict"])
                 logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
         assert self._images is not None
+        self.forget_calibration()  # that of the run which the best checkpoint was taken over from
         self._calibrate(self._images)
         if stored:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
@@ -343,15 +366,23 @@ class TrainedModule(CalibratedModule):
         return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store seed and state of random numbers and the losses beside what anomalib stores."""
+        """Store seed and state of random numbers, losses, and what the calibration depends on."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}
         checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._sample_seed
         checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what was stored, whichever metrics the model was tested with."""
+        """Refuse a checkpoint of another architecture, then restore what was stored and still holds.
+
+        Raises:
+            ValueError: If it is of another architecture.
+        """
+        saved = self.completed(checkpoint.get("hyper_parameters", {}))
+        check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
+        self._forget_stale_calibration(checkpoint)
         super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == "fit":
@@ -367,6 +398,13 @@ class TrainedModule(CalibratedModule):
             **{key: value for key, value in stored.items() if not key.startswith("evaluator.")},
             **{key: value for key, value in present.items() if key.startswith("evaluator.")},
         }
+
+    def _forget_stale_calibration(self, checkpoint: dict[str, Any]) -> None:
+        stored = {**self.completed({}), **checkpoint.get("anomalib_post_processor_config", {})}
+        stored |= checkpoint.get("calibrated_with", {})
+        present = {**self.scored_with, **self.post_processor.asked_calibration}
+        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
+        forget_stale_calibration(checkpoint, stored, present, blank)
 
     def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> None:
         # Engine.train gives the checkpoint that training was resumed from to the test that follows, too, which would

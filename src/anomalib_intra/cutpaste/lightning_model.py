@@ -69,6 +69,7 @@ class CutPaste(TrainedModule):
 
     model: CutPasteModel
     samples_name = "images"
+    architecture = ("image_size", "patch_size")
 
     def __init__(
         self,
