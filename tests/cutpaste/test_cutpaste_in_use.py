@@ -3,7 +3,9 @@
 
 import logging
 import math
+import os
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -116,15 +118,37 @@ def test_max_time_ends_a_run_within_an_epoch_and_its_learning_rate_follows(few, 
     assert model.is_calibrated
 
 
-def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(few: TextureDemo, tmp_path: Path) -> None:
-    class CrashError(Exception):
-        pass
+class CrashError(Exception):
+    pass
 
-    class Cut(Callback):
-        def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
-            if trainer.current_epoch == 1:
-                raise CrashError
 
+class CrashesInTheSecondEpoch(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.current_epoch == 1:
+            raise CrashError
+
+
+class IsInterrupted(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 4:  # of three an epoch
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class CrashesWhenCalibrated(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: CutPaste) -> None:
+        def crash(_: object) -> None:
+            raise CrashError
+
+        pl_module.learn_normal = crash
+
+
+@pytest.mark.parametrize(
+    ("cut", "name"),
+    [(CrashesInTheSecondEpoch, "model"), (IsInterrupted, "last"), (CrashesWhenCalibrated, "last")],
+)
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(
+    few: TextureDemo, tmp_path: Path, cut: type[Callback], name: str
+) -> None:
     def fit(root: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> CutPaste:
         seed_everything(5)
         model = tiny()
@@ -133,12 +157,18 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(few: Textur
         return model
 
     uncut = fit(tmp_path / "uncut")
-    with pytest.raises(CrashError):
-        fit(tmp_path / "cut", Cut())
-    (last,) = (tmp_path / "cut").rglob("model.ckpt")
+    with pytest.raises((CrashError, KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "cut", cut())
+    (last,) = (tmp_path / "cut").rglob(f"{name}.ckpt")
+    assert (
+        torch.load(last, weights_only=True)["global_step"]
+        == {"model": 3, "last": 4 if cut is IsInterrupted else 6}[name]
+    )
     resumed = fit(tmp_path / "resumed", ckpt_path=last)
-    for name, value in uncut.state_dict().items():
-        assert torch.equal(value.nan_to_num(), resumed.state_dict()[name].nan_to_num()), name
+    (kept,) = (tmp_path / "resumed").rglob("model.ckpt")
+    for model in (resumed, CutPaste.load_from_checkpoint(kept)):
+        for key, value in uncut.state_dict().items():
+            assert torch.equal(value.nan_to_num(), model.state_dict()[key].nan_to_num()), key
 
 
 # ---- saving, prediction, export --------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from einops import rearrange
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
@@ -20,12 +18,10 @@ from torchmetrics import R2Score
 
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.batch import InTraBatch, is_normal
-from anomalib_intra.components.monitoring import validates
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP, InTraPostProcessor
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.components.visualizer import InTraVisualizer
-from anomalib_intra.training.checkpoints import keep_best_and_last
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +52,8 @@ class ReconstructionModule(TrainedModule):
         pre_processor (PreProcessor | bool): As for :class:`TrainedModule`.
         **components (Any): As for :class:`TrainedModule`.
     """
+
+    keeps_best = True
 
     post_processor: InTraPostProcessor
     post_processor_kind = InTraPostProcessor
@@ -117,11 +115,6 @@ class ReconstructionModule(TrainedModule):
             Visualizer: An :class:`InTraVisualizer`.
         """
         return InTraVisualizer()
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Keep the best and the last epoch, where the Engine would keep the last alone; none is best without losses."""
-        callbacks = super().configure_callbacks()
-        return [*callbacks, *(keep_best_and_last(self.trainer) if validates(self.trainer) else [])]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

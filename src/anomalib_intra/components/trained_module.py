@@ -5,6 +5,7 @@ import logging
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -13,7 +14,7 @@ from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.pre_processing import PreProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
@@ -27,7 +28,7 @@ from anomalib_intra.data.normal_images import NormalImages, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO, keep_last_and_best
 from anomalib_intra.training.command_line import command_line, drop_unreadable, seed_as_commanded
 from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.training.internals import (
@@ -66,8 +67,8 @@ class TrainedModule(CalibratedModule):
     """An anomalib model that learns from random samples (windows, pairs of patches, whole images) of normal images.
 
     Before Lightning sets its loop up, a loader of samples takes the place of the datamodule's image loader, so that
-    optimizer, clipping, precision, ``max_steps`` and progress bar are Lightning's own. When training ends, the weights
-    of the best checkpoint are loaded, calibrated, and stored there with what calibration found.
+    optimizer, clipping, precision, ``max_steps`` and progress bar are Lightning's own. When training ends, the last
+    weights, or those of the best checkpoint where one is chosen, are calibrated, and stored with what that found.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized.
@@ -77,6 +78,9 @@ class TrainedModule(CalibratedModule):
 
     #: The arguments that decide the shape of the weights, or what they mean.
     architecture: ClassVar[tuple[str, ...]] = ("image_size",)
+
+    #: Whether the outcome of a training is the epoch with the lowest validation loss, not the last one.
+    keeps_best: ClassVar[bool] = False
 
     #: What samples are called in the progress bar.
     samples_name = "samples"
@@ -128,7 +132,7 @@ class TrainedModule(CalibratedModule):
     # ---- components --------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add what watches a training, and a report unless pictures are switched off or the user brought their own."""
+        """Add what watches and saves a training, and a report unless pictures are off or the user brought their own."""
         refuse_batch_size_finder(self.trainer, self.name)
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         if command_line(self):
@@ -145,7 +149,8 @@ class TrainedModule(CalibratedModule):
         reports = [callback for callback in self._callbacks if isinstance(callback, RunReport)]
         own += [RunReport()] * (bool(self.visualizer) and not reports)
         run.remember(self, own)
-        return [*([] if runs else [run]), *own, *reports]
+        kept = keep_last_and_best(self.trainer, self.keeps_best and validates(self.trainer))
+        return [*([] if runs else [run]), *own, *reports, *kept]
 
     @property
     def _callbacks(self) -> list[Callback]:
@@ -274,22 +279,18 @@ class TrainedModule(CalibratedModule):
             self._loader.epoch = self._first_epoch
 
     def end_training(self) -> None:
-        """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
+        """Go back to the weights of the best checkpoint, if one was chosen, calibrate them, and store that in it."""
         kept = keeper_of_the_best(self.trainer)
-        best = getattr(kept, "best_model_path", "")
-        # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
-        stored = bool(best) and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or "")
-        if stored:
-            checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
-            if weights_were_averaged(self.trainer):
-                logger.info("Keeping the averaged weights, which go into %s.", best)
-            else:
-                self.load_state_dict(checkpoint["state_dict"])
-                logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
+        best, checkpoint = self._outcome(kept)
+        if checkpoint and weights_were_averaged(self.trainer):
+            logger.info("Keeping the averaged weights, which go into %s.", best)
+        elif checkpoint and kept.monitor is not None:
+            self.load_state_dict(checkpoint["state_dict"])
+            logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
         assert self._images is not None
         self.forget_calibration()  # that of the run which the best checkpoint was taken over from
         self._calibrate(self._images)
-        if stored:
+        if checkpoint:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
             checkpoint["calibrated_through"] = self.calibrated_through
@@ -300,6 +301,23 @@ class TrainedModule(CalibratedModule):
             self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._loader = None
+
+    def _outcome(self, kept: Any) -> tuple[str, dict[str, Any]]:
+        """Give the file that the model is kept in, and what it holds; nothing where none is to be kept."""
+        load = partial(self.trainer.strategy.checkpoint_io.load_checkpoint, map_location="cpu")
+        best = str(getattr(kept, "best_model_path", ""))
+        # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
+        if best and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or ""):
+            checkpoint = load(best)
+            # One that monitors nothing is to keep the last weights, but saves only when images are validated.
+            if kept.monitor is not None or checkpoint["global_step"] == self.trainer.global_step:
+                return best, checkpoint
+        if not isinstance(kept, ModelCheckpoint) or kept.save_top_k == 0 or self.trainer.fast_dev_run:
+            return "", {}
+        now = {"epoch": torch.tensor(self.trainer.current_epoch), "step": torch.tensor(self.trainer.global_step)}
+        kept.best_model_path = best = kept.format_checkpoint_name({**self.trainer.callback_metrics, **now})
+        self.trainer.save_checkpoint(best, kept.save_weights_only)
+        return best, load(best)
 
     def on_fit_end(self) -> None:
         """End a run that was stopped after its last epoch: resumed, it has nothing to train and skips that end."""
