@@ -18,6 +18,9 @@ from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from anomalib_intra import CutPaste, MVTec, TextureDemo, UnsaturatedPostProcessor
+from anomalib_intra.cutpaste import augmentation
+from anomalib_intra.cutpaste.gaussian import Gaussian, Moments
+from anomalib_intra.cutpaste.torch_model import FEATURE_DIM
 from anomalib_intra.metrics import PaperEvaluator
 
 from ..conftest import CONFIGS, Run, tiny_engine, train_and_test
@@ -71,6 +74,29 @@ def test_gaussian_is_that_of_the_training_images_with_the_weights_that_are_teste
     assert not torch.isnan(model.post_processor.image_threshold)
 
 
+def batches_of(normal: torch.Tensor) -> list[ImageBatch]:
+    """A batch of normal images, and one without."""
+    return [ImageBatch(image=normal), ImageBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.tensor([1]))]
+
+
+def test_gaussian_leaves_batches_without_normal_images_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny().eval(), torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    expected = Gaussian(FEATURE_DIM)
+    with torch.no_grad():
+        of_images = Moments.of(model.model.features(images))
+        expected.fit(of_images)
+        model.learn_normal(batches_of(images))
+        assert torch.equal(model.model.gaussian.mean, expected.mean)
+        # A process without images, beside one with these.
+        of_other = iter(of_images)
+        monkeypatch.setattr(model.trainer.strategy, "reduce", lambda part, reduce_op: part + next(of_other))
+        model.forget_calibration()
+        model.learn_normal([])
+    assert torch.equal(model.model.gaussian.mean, expected.mean)
+    assert torch.equal(model.model.gaussian.whitening, expected.whitening)
+
+
 def test_learning_rate_is_half_a_cosine_and_validation_loss_that_of_the_same_forms(few, tmp_path: Path) -> None:
     rates, losses = [], []
 
@@ -94,6 +120,29 @@ def test_learning_rate_is_half_a_cosine_and_validation_loss_that_of_the_same_for
     expected = [0.25 * (1 + math.cos(math.pi * step / 6)) for step in range(1, 7)]
     assert rates == pytest.approx(expected, abs=1e-6)
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_every_held_out_image_has_forms_of_its_own_the_same_in_each_epoch(few, tmp_path: Path, monkeypatch) -> None:
+    boxes = []
+
+    class Notes(CutPaste):
+        def validation_step(self, *args: object) -> ImageBatch:
+            with monkeypatch.context() as patch:
+                patch.setattr(augmentation, "patches", self.noted)
+                return super().validation_step(*args)
+
+        @staticmethod
+        def noted(count: int, size: tuple[int, int]) -> augmentation.Boxes:
+            boxes.append(draw(count, size))
+            return boxes[-1]
+
+    draw = augmentation.patches
+    model = Notes((64, 64), samples_per_image=1, images_per_step=6, visualizer=False)
+    tiny_engine(tmp_path, max_epochs=2, limit_train_batches=1, logger=False).fit(model, datamodule=few)
+    first, second, again_first, again_second = (torch.cat([x.flatten() for x in one]) for one in boxes)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again_first)
+    assert torch.equal(second, again_second)
 
 
 def test_max_time_ends_a_run_within_an_epoch_and_its_learning_rate_follows(few, tmp_path: Path, monkeypatch) -> None:

@@ -24,7 +24,7 @@ from anomalib_intra.components.checkpoint_fit import check_architecture, forget_
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 from anomalib_intra.components.monitoring import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
 from anomalib_intra.components.pre_processor import OnImagesOnly
-from anomalib_intra.data.normal_images import NormalImages, shared_loader
+from anomalib_intra.data.normal_images import NormalImages, Share, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
@@ -312,7 +312,8 @@ class TrainedModule(CalibratedModule):
             # One that monitors nothing is to keep the last weights, but saves only when images are validated.
             if kept.monitor is not None or checkpoint["global_step"] == self.trainer.global_step:
                 return best, checkpoint
-        if not isinstance(kept, ModelCheckpoint) or kept.save_top_k == 0 or self.trainer.fast_dev_run:
+        is_dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning
+        if not isinstance(kept, ModelCheckpoint) or kept.save_top_k == 0 or is_dry:
             return "", {}
         now = {"epoch": torch.tensor(self.trainer.current_epoch), "step": torch.tensor(self.trainer.global_step)}
         kept.best_model_path = best = kept.format_checkpoint_name({**self.trainer.callback_metrics, **now})
@@ -344,6 +345,20 @@ class TrainedModule(CalibratedModule):
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         if trainer.state.fn == "fit" and self._scores_validation and batch_idx + 1 == sum(batches):
             self.forget_calibration()
+
+    def number_of(self, batch_idx: int) -> int:
+        """Number a batch of held-out images as a single process would; it seeds what is random about its loss.
+
+        Args:
+            batch_idx (int): Number of the batch in this process.
+
+        Returns:
+            int: Its number.
+        """
+        assert self._images is not None
+        share = self._images.held_out.sampler
+        assert isinstance(share, Share)
+        return share.rank + batch_idx * share.num_replicas
 
     def add_val_loss(self, loss: torch.Tensor, count: int) -> None:
         """Add the loss of a batch of held-out images to the validation loss.

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2104.04015.
 """
 
 import math
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from anomalib_intra.components.trained_module import Sampling, TrainedModule
 from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.cutpaste.augmentation import ThreeForms
 from anomalib_intra.cutpaste.gaussian import Moments
-from anomalib_intra.cutpaste.torch_model import CutPasteModel, check_sizes
+from anomalib_intra.cutpaste.torch_model import FEATURE_DIM, CutPasteModel, check_sizes
 from anomalib_intra.data.images import ImageSamples, sample_images
 from anomalib_intra.data.samples import as_fractions
 from anomalib_intra.training.command_line import as_commanded
@@ -146,11 +146,12 @@ class CutPaste(TrainedModule):
         self.log("train_accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(batch))
         return loss
 
-    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
+    def validation_step(self, batch: ImageBatch, batch_idx: int, *args: Any, **kwargs: Any) -> ImageBatch:
         """While training, compute the loss on fixed forms of held-out normal images; otherwise score the batch.
 
         Args:
             batch (ImageBatch): Batch of images.
+            batch_idx (int): Number of the batch; it seeds the forms.
             *args: Unused.
             **kwargs: Unused.
 
@@ -163,7 +164,7 @@ class CutPaste(TrainedModule):
         normal = is_normal(batch)
         if normal.any():
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
+                torch.default_generator.manual_seed(self.number_of(batch_idx))
                 loss, _ = self._loss_of(torch.as_tensor(batch.image)[normal])
             self.add_val_loss(loss, int(normal.sum()))
         return self.test_step(batch) if self.is_calibrated else batch
@@ -194,11 +195,12 @@ class CutPaste(TrainedModule):
         Args:
             images (DataLoader): Training images, as a test would see them.
         """
-        moments = []
+        sums = Moments.of(torch.empty(0, FEATURE_DIM, device=self.device))  # those of a process without an image
         for batch in track(images, "Gaussian of normal features"):
             batch = self.as_tested(batch)
-            moments.append(Moments.of(self.model.features(torch.as_tensor(batch.image)[is_normal(batch)])))
-        sums = reduce(Moments.plus, moments)
+            normal = is_normal(batch)
+            if normal.any():
+                sums = sums.plus(Moments.of(self.model.features(torch.as_tensor(batch.image)[normal])))
         self.model.gaussian.fit(Moments(*(self.trainer.strategy.reduce(part, reduce_op="sum") for part in sums)))
 
     # ---- test and prediction -----------------------------------------------------------------------------------------
