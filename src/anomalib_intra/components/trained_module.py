@@ -260,6 +260,15 @@ class TrainedModule(CalibratedModule):
         shares += [share_of_time(timer, trainer) for timer in self._callbacks if isinstance(timer, Timer)]
         return min(1.0, max(shares))
 
+    def step_generator(self) -> torch.Generator:
+        """Give randomness that is another in each step, and the same in all processes, whose global one may differ.
+
+        Returns:
+            torch.Generator: A generator on the CPU.
+        """
+        assert self._sample_seed is not None
+        return torch.Generator().manual_seed(self._sample_seed * 1_000_003 + self.global_step)
+
     def log_train_loss(self, loss: torch.Tensor, count: int) -> None:
         """Log the loss of a step, and show it.
 
