@@ -157,7 +157,7 @@ def test_a_signal_ends_the_step_and_saves_it(
 
     # What Ctrl-C left scores nothing until it is calibrated, and says so.
     left = InTra.load_from_checkpoint(tmp_path / RUN / "v0" / BEST)
-    with pytest.raises(RuntimeError, match="no training mean"):
+    with pytest.raises(RuntimeError, match="is not calibrated"):
         left(torch.rand(1, 3, 64, 64))
 
 

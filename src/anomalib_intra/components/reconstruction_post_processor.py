@@ -138,20 +138,20 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 ``"half"``.
 
         Raises:
-            RuntimeError: If the training mean was never computed.
-            ValueError: If it belongs to another image size.
+            RuntimeError: If the model was never calibrated.
+            ValueError: If it was calibrated on images of another size.
         """
         if not self.is_calibrated:
             msg = (
-                "This model has no training mean (eq. 17), so it cannot score images: its training was cut off, it was "
-                f"never trained, or it was calibrated with other settings. {HOW_TO_CALIBRATE}"
+                "This model is not calibrated, so it cannot score images: its training was cut off, it was never "
+                f"trained, or it was calibrated with other settings. {HOW_TO_CALIBRATE}"
             )
             raise RuntimeError(msg)
         size, trained = (tuple(x.shape[-2:]) for x in (differences, self.training_mean))
         if size != trained:
             msg = (
-                f"Images of {size[0]} x {size[1]} pixels cannot be compared with a training mean of {trained[0]} x "
-                f"{trained[1]}: resize the images to that."
+                f"Images of {size[0]} x {size[1]} pixels reached a model that was calibrated on images of "
+                f"{trained[0]} x {trained[1]}: resize the images to that."
             )
             raise ValueError(msg)
         return anomaly_map(differences, self.training_mean, self.training_std, self.deviation)
