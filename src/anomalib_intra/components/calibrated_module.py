@@ -12,6 +12,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
@@ -21,6 +22,7 @@ from anomalib_intra.components.evaluator import patient
 from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
+from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.image_files import check_image_files
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
@@ -96,7 +98,6 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             images (DataLoader): Training images, as a test would see them.
         """
 
-    @abstractmethod
     def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> ImageBatch:
         """Give a batch what the post-processor scores: raw scores and maps, or what it makes them from.
 
@@ -108,6 +109,9 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         Returns:
             ImageBatch: The batch.
         """
+        del args, kwargs
+        scores = self.model(torch.as_tensor(batch.image))
+        return batch.update(pred_score=scores.pred_score, anomaly_map=scores.anomaly_map)
 
     def set_thresholds(self, images: DataLoader[Any]) -> None:
         """Set the thresholds, with what :meth:`learn_normal` computed.
@@ -145,6 +149,15 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             PostProcessor: Of the model's kind.
         """
         return self.post_processor_kind()
+
+    @classmethod
+    def configure_visualizer(cls) -> Visualizer:
+        """Name the pictures of anomalib.
+
+        Returns:
+            Visualizer: A :class:`NamedImageVisualizer`.
+        """
+        return NamedImageVisualizer()
 
     @property
     def learning_type(self) -> LearningType:

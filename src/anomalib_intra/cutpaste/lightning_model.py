@@ -24,7 +24,6 @@ from torch.utils.data import DataLoader
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
-from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.cutpaste.augmentation import ThreeForms
 from anomalib_intra.cutpaste.gaussian import Moments
 from anomalib_intra.cutpaste.torch_model import FEATURE_DIM, CutPasteModel, check_sizes
@@ -98,15 +97,6 @@ class CutPaste(TrainedModule):
         self.images_per_step = images_per_step
         self.model = CutPasteModel(self.image_size, patch_size)
         self.three_forms = ThreeForms(self.image_size, patch_size)
-
-    @classmethod
-    def configure_visualizer(cls) -> Visualizer:
-        """Name the pictures of anomalib.
-
-        Returns:
-            Visualizer: A :class:`NamedImageVisualizer`.
-        """
-        return NamedImageVisualizer()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with half a cosine over the training, unless the command line names others.
@@ -202,20 +192,3 @@ class CutPaste(TrainedModule):
             if normal.any():
                 sums = sums.plus(Moments.of(self.model.features(torch.as_tensor(batch.image)[normal])))
         self.model.gaussian.fit(Moments(*(self.trainer.strategy.reduce(part, reduce_op="sum") for part in sums)))
-
-    # ---- test and prediction -----------------------------------------------------------------------------------------
-
-    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
-        """Give a batch raw scores and maps.
-
-        Args:
-            batch (ImageBatch): Batch of images.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            ImageBatch: The batch.
-        """
-        del args, kwargs
-        scores = self.model(torch.as_tensor(batch.image))
-        return batch.update(pred_score=scores.pred_score, anomaly_map=scores.anomaly_map)

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
-from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, sample_pairs
 from anomalib_intra.patch_svdd.torch_model import FEATURE_DIM, PatchSVDDModel
@@ -90,15 +89,6 @@ class PatchSVDD(TrainedModule):
         self.pair_batch_size = pair_batch_size
         self.model = PatchSVDDModel(self.image_size)
         self.loss = PatchSVDDLoss(svdd_weight)
-
-    @classmethod
-    def configure_visualizer(cls) -> Visualizer:
-        """Name the pictures of anomalib.
-
-        Returns:
-            Visualizer: A :class:`NamedImageVisualizer`.
-        """
-        return NamedImageVisualizer()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, for the encoder and the position classifiers, unless the command line names another optimizer.
@@ -203,20 +193,3 @@ class PatchSVDD(TrainedModule):
             small.append(rearrange(features.small, "b d h w -> (b h w) d"))
             big.append(rearrange(features.big, "b d h w -> (b h w) d"))
         self.model.bank_small, self.model.bank_big = (gathered(torch.cat(bank)) for bank in (small, big))
-
-    # ---- test and prediction -----------------------------------------------------------------------------------------
-
-    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
-        """Give a batch raw scores and maps.
-
-        Args:
-            batch (ImageBatch): Batch of images.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            ImageBatch: The batch.
-        """
-        del args, kwargs
-        predictions = self.model(torch.as_tensor(batch.image))
-        return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)
