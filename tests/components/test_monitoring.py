@@ -188,6 +188,26 @@ def test_the_engine_keeps_and_calibrates_the_last_epoch_where_nothing_is_validat
     assert InTra.load_from_checkpoint(engine.best_model_path).is_calibrated
 
 
+@pytest.mark.parametrize(("kind", "every"), [("PatchSVDD", 2), ("PatchSVDD", 10), ("InTra", 10)])
+def test_the_last_weights_are_kept_where_they_were_not_validated(
+    kind: str, every: int, demo: MVTecAD, tmp_path: Path
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: TrainedModule) -> None:
+            seen.append(weights_of(pl_module))
+
+    model = build(kind)
+    engine = tiny_engine(tmp_path, max_epochs=3, check_val_every_n_epoch=every, callbacks=[Watch()], logger=False)
+    engine.fit(model, datamodule=demo)
+    loaded = type(model).load_from_checkpoint(engine.best_model_path)
+    assert Path(engine.best_model_path).name == "model.ckpt"
+    assert torch.equal(weights_of(model), seen[-1])
+    assert torch.equal(weights_of(loaded), seen[-1])
+    assert loaded.is_calibrated
+
+
 def test_waiting_for_a_validation_loss_that_never_comes_is_refused(demo: MVTecAD, tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, limit_val_batches=0, callbacks=[EarlyStopping("val_loss")])
     with pytest.raises(ValueError, match=r"monitors val_loss, .*nothing is validated"):

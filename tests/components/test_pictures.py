@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every image has a picture of its own, in the folder of its own run."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import pytest
 import torch
 from anomalib.data import ImageBatch, PredictDataset
 from anomalib.visualization import ImageVisualizer
+from anomalib.visualization.image.item_visualizer import visualize_image_item
 from lightning.pytorch import Trainer
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from anomalib_intra import InTra, PatchSVDD
+from anomalib_intra import InTra, PatchSVDD, UnsaturatedPostProcessor
 from anomalib_intra.components.picture_paths import PicturePaths
+from anomalib_intra.components.visualizer import NamedImageVisualizer
 
 from ..conftest import tiny_engine, tiny_intra
 
@@ -104,6 +107,8 @@ def test_names_are_those_of_anomalib_where_they_can_be(tmp_path: Path) -> None:
 def test_patch_svdd_draws_what_anomalib_draws(tmp_path: Path) -> None:
     ours, anomalibs = scoring_svdd(), scoring_svdd()
     anomalibs.visualizer = ImageVisualizer()
+    for model in (ours, anomalibs):
+        model.post_processor._pixel_threshold.fill_(1.0)  # maps are normalized, which anomalib's can draw
     Image.new("RGB", (64, 64), "red").save(tmp_path / "part.png")
     found, expected = (
         predict(model, tmp_path / str(number), PredictDataset(tmp_path / "part.png"))
@@ -113,3 +118,29 @@ def test_patch_svdd_draws_what_anomalib_draws(tmp_path: Path) -> None:
     assert [(found / name).read_bytes() for name in pictures(found)] == [
         (expected / name).read_bytes() for name in pictures(expected)
     ]
+
+
+@pytest.mark.parametrize(
+    ("normalizes", "threshold", "drawn"), [(False, 2.0, (0.25, 0.5, 1.0)), (True, math.nan, (1.0, 1.0, 1.0))]
+)
+def test_raw_maps_are_drawn_on_one_scale_and_the_highest_values_highest(
+    normalizes: bool, threshold: float, drawn: tuple, tmp_path: Path
+) -> None:
+    """anomalib's wrap around: 1.01 is drawn as 0."""
+
+    def batch_of(values: tuple) -> ImageBatch:
+        maps = torch.tensor(values)[:, None, None].expand(3, 8, 8)
+        return ImageBatch(image=torch.zeros(3, 3, 8, 8), anomaly_map=maps.contiguous())
+
+    model = PatchSVDD((128, 128), post_processor=UnsaturatedPostProcessor(enable_normalization=normalizes))
+    model.post_processor._pixel_threshold.fill_(threshold)
+    visualizer = NamedImageVisualizer(output_dir=tmp_path)
+    trainer = Trainer(logger=False, accelerator="cpu")
+    visualizer.on_predict_start(trainer, model)
+    raw = batch_of((1.0, 2.0, 1000.0))
+    visualizer.on_predict_batch_end(trainer, model, raw, raw, 0)
+    assert torch.equal(raw.anomaly_map, batch_of((1.0, 2.0, 1000.0)).anomaly_map)
+    for number, item in enumerate(batch_of(drawn)):
+        expected = visualize_image_item(item, visualizer.fields, visualizer.overlay_fields)
+        with Image.open(tmp_path / f"image_{number:04}.png") as picture:
+            assert picture.tobytes() == expected.tobytes()

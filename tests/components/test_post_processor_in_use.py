@@ -200,7 +200,7 @@ def test_reset_forgets_observations_too(monkeypatch):
 def test_uncalibrated_refuses_every_way_in():
     images = torch.rand(1, 3, 16, 16)
     for name in ("observe", "post_process_batch"):
-        with pytest.raises(RuntimeError, match="no training mean"):
+        with pytest.raises(RuntimeError, match="is not calibrated"):
             getattr(InTraPostProcessor(), name)(InTraBatch(image=images, difference=torch.zeros_like(images[:, :1])))
 
 

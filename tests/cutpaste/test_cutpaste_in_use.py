@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """CutPaste as users run it: trained, resumed, saved, loaded, predicted with and exported."""
 
+import logging
 import math
+import os
+import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +17,10 @@ from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from anomalib_intra import CutPaste, MVTec, TextureDemo
+from anomalib_intra import CutPaste, MVTec, TextureDemo, UnsaturatedPostProcessor
+from anomalib_intra.cutpaste import augmentation
+from anomalib_intra.cutpaste.gaussian import Gaussian, Moments
+from anomalib_intra.cutpaste.torch_model import FEATURE_DIM
 from anomalib_intra.metrics import PaperEvaluator
 
 from ..conftest import CONFIGS, Run, tiny_engine, train_and_test
@@ -67,6 +74,29 @@ def test_gaussian_is_that_of_the_training_images_with_the_weights_that_are_teste
     assert not torch.isnan(model.post_processor.image_threshold)
 
 
+def batches_of(normal: torch.Tensor) -> list[ImageBatch]:
+    """A batch of normal images, and one without."""
+    return [ImageBatch(image=normal), ImageBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.tensor([1]))]
+
+
+def test_gaussian_leaves_batches_without_normal_images_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny().eval(), torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    expected = Gaussian(FEATURE_DIM)
+    with torch.no_grad():
+        of_images = Moments.of(model.model.features(images))
+        expected.fit(of_images)
+        model.learn_normal(batches_of(images))
+        assert torch.equal(model.model.gaussian.mean, expected.mean)
+        # A process without images, beside one with these.
+        of_other = iter(of_images)
+        monkeypatch.setattr(model.trainer.strategy, "reduce", lambda part, reduce_op: part + next(of_other))
+        model.forget_calibration()
+        model.learn_normal([])
+    assert torch.equal(model.model.gaussian.mean, expected.mean)
+    assert torch.equal(model.model.gaussian.whitening, expected.whitening)
+
+
 def test_learning_rate_is_half_a_cosine_and_validation_loss_that_of_the_same_forms(few, tmp_path: Path) -> None:
     rates, losses = [], []
 
@@ -92,6 +122,29 @@ def test_learning_rate_is_half_a_cosine_and_validation_loss_that_of_the_same_for
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
 
 
+def test_every_held_out_image_has_forms_of_its_own_the_same_in_each_epoch(few, tmp_path: Path, monkeypatch) -> None:
+    boxes = []
+
+    class Notes(CutPaste):
+        def validation_step(self, *args: object) -> ImageBatch:
+            with monkeypatch.context() as patch:
+                patch.setattr(augmentation, "patches", self.noted)
+                return super().validation_step(*args)
+
+        @staticmethod
+        def noted(count: int, size: tuple[int, int]) -> augmentation.Boxes:
+            boxes.append(draw(count, size))
+            return boxes[-1]
+
+    draw = augmentation.patches
+    model = Notes((64, 64), samples_per_image=1, images_per_step=6, visualizer=False)
+    tiny_engine(tmp_path, max_epochs=2, limit_train_batches=1, logger=False).fit(model, datamodule=few)
+    first, second, again_first, again_second = (torch.cat([x.flatten() for x in one]) for one in boxes)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, again_first)
+    assert torch.equal(second, again_second)
+
+
 def test_max_time_ends_a_run_within_an_epoch_and_its_learning_rate_follows(few, tmp_path: Path, monkeypatch) -> None:
     rates, now = [], 0.0
 
@@ -114,15 +167,37 @@ def test_max_time_ends_a_run_within_an_epoch_and_its_learning_rate_follows(few, 
     assert model.is_calibrated
 
 
-def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(few: TextureDemo, tmp_path: Path) -> None:
-    class CrashError(Exception):
-        pass
+class CrashError(Exception):
+    pass
 
-    class Cut(Callback):
-        def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
-            if trainer.current_epoch == 1:
-                raise CrashError
 
+class CrashesInTheSecondEpoch(Callback):
+    def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.current_epoch == 1:
+            raise CrashError
+
+
+class IsInterrupted(Callback):
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == 4:  # of three an epoch
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class CrashesWhenCalibrated(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: CutPaste) -> None:
+        def crash(_: object) -> None:
+            raise CrashError
+
+        pl_module.learn_normal = crash
+
+
+@pytest.mark.parametrize(
+    ("cut", "name"),
+    [(CrashesInTheSecondEpoch, "model"), (IsInterrupted, "last"), (CrashesWhenCalibrated, "last")],
+)
+def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(
+    few: TextureDemo, tmp_path: Path, cut: type[Callback], name: str
+) -> None:
     def fit(root: Path, *callbacks: Callback, ckpt_path: Path | None = None) -> CutPaste:
         seed_everything(5)
         model = tiny()
@@ -131,12 +206,18 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_cut(few: Textur
         return model
 
     uncut = fit(tmp_path / "uncut")
-    with pytest.raises(CrashError):
-        fit(tmp_path / "cut", Cut())
-    (last,) = (tmp_path / "cut").rglob("model.ckpt")
+    with pytest.raises((CrashError, KeyboardInterrupt, SystemExit)):
+        fit(tmp_path / "cut", cut())
+    (last,) = (tmp_path / "cut").rglob(f"{name}.ckpt")
+    assert (
+        torch.load(last, weights_only=True)["global_step"]
+        == {"model": 3, "last": 4 if cut is IsInterrupted else 6}[name]
+    )
     resumed = fit(tmp_path / "resumed", ckpt_path=last)
-    for name, value in uncut.state_dict().items():
-        assert torch.equal(value.nan_to_num(), resumed.state_dict()[name].nan_to_num()), name
+    (kept,) = (tmp_path / "resumed").rglob("model.ckpt")
+    for model in (resumed, CutPaste.load_from_checkpoint(kept)):
+        for key, value in uncut.state_dict().items():
+            assert torch.equal(value.nan_to_num(), model.state_dict()[key].nan_to_num()), key
 
 
 # ---- saving, prediction, export --------------------------------------------------------------------------------------
@@ -176,6 +257,43 @@ def test_onnx_and_openvino_score_like_the_model(run: str, few: TextureDemo, tmp_
         for got in (of_onnx, compiled(batch.numpy())):
             np.testing.assert_allclose(got["pred_score"], expected.pred_score, rtol=0, atol=1e-3)
             np.testing.assert_allclose(got["anomaly_map"], expected.anomaly_map, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("given", "message"), [(None, "32 (here None)"), (32, "None (here 32)")])
+def test_a_checkpoint_of_the_other_model_is_refused(given: int | None, message: str, request, few, tmp_path) -> None:
+    """Both have weights of the same shapes."""
+    other = request.getfixturevalue("of_images" if given else "trained")
+    with pytest.raises(ValueError, match=re.escape(f"another CutPaste, with patch_size={message}")):
+        tiny_engine(tmp_path).test(tiny(patch_size=given), datamodule=few, ckpt_path=other.checkpoint)
+
+
+def test_thresholds_follow_quantiles_that_a_test_is_given_and_the_gaussian_stays(
+    of_images: Run, few: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(post_processor=UnsaturatedPostProcessor(image_quantile=0.0, pixel_quantile=0.5))
+    model.learn_normal = None  # is not called
+    before = CutPaste.load_from_checkpoint(of_images.checkpoint)
+    with caplog.at_level(logging.WARNING):
+        tiny_engine(tmp_path, logger=False).test(model, datamodule=few, ckpt_path=of_images.checkpoint)
+    assert "calibrated with image_quantile=0.99 (here 0.0), pixel_quantile=0.999 (here 0.5)" in caplog.text
+    assert torch.equal(model.model.gaussian.mean, before.model.gaussian.mean)
+    with torch.no_grad():
+        held_out = before.model.eval()(torch.stack([torch.as_tensor(item.image) for item in few.val_data]))
+    expected = held_out.pred_score.min(), held_out.anomaly_map.quantile(0.5)
+    found = model.post_processor.image_threshold, model.post_processor.pixel_threshold
+    assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], rel=1e-4)
+
+
+def test_what_has_no_thresholds_says_so_and_is_not_exported(
+    of_images: Run, few: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny(post_processor=UnsaturatedPostProcessor(image_quantile=0.5))
+    engine = tiny_engine(tmp_path, logger=False)
+    with caplog.at_level(logging.WARNING):
+        engine.predict(model, data_path=few.root / "weave/test/hole/000.png", ckpt_path=of_images.checkpoint)
+    assert "has no thresholds, without which scores are raw" in caplog.text
+    with pytest.raises(RuntimeError, match="not exported"):
+        engine.export(model, "onnx", export_root=tmp_path)
 
 
 # ---- what it is built with -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from anomalib.deploy import ExportType, TorchInferencer
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from einops import rearrange
+from lightning.pytorch import Trainer
 from torchvision.transforms.v2 import Compose, Normalize, Resize
 
 from anomalib_intra import PatchSVDD, TextureDemo
@@ -59,6 +60,17 @@ def test_banks_hold_the_features_of_the_weights_that_are_tested(trained: Run, fe
         features = model.model.encode(torch.as_tensor(few.train_data[3].image)[None])
     small = rearrange(features.small, "1 d h w -> (h w) d")
     torch.testing.assert_close(model.model.bank_small[3 * PATCHES[0] : 4 * PATCHES[0]], small, rtol=0, atol=1e-5)
+
+
+def test_banks_leave_batches_without_normal_images_out() -> None:
+    model = tiny_patch_svdd().eval()
+    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    normal, anomalous = torch.rand(2, 1, 3, 128, 128)
+    with torch.no_grad():
+        model.learn_normal([ImageBatch(image=normal), ImageBatch(image=anomalous, gt_label=torch.tensor([1]))])
+        assert torch.equal(model.model.bank_small, rearrange(model.model.encode(normal).small, "1 d h w -> (h w) d"))
+        model.learn_normal([])  # a process without images
+    assert model.model.bank_small.shape == model.model.bank_big.shape == (0, FEATURE_DIM)
 
 
 def test_losses_are_logged_and_all_weights_train(few: TextureDemo, tmp_path: Path) -> None:

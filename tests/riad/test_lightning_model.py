@@ -121,29 +121,34 @@ def test_the_learning_rate_falls_after_five_sixths_of_the_training(trainer: dict
 def test_a_step_takes_the_cells_of_one_size_and_other_sets_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, drawn = tiny_riad(cell_sizes=(2, 4, 8, 16), width=1), []
 
-    def draw(size: tuple, cell_size: int) -> torch.Tensor:
-        drawn.append((cell_size, draw_sets(size, cell_size)))
-        return drawn[-1][1]
+    def draw(size: tuple, cell_size: int, generator: torch.Generator) -> torch.Tensor:
+        sets = draw_sets(size, cell_size, generator)
+        drawn.append((cell_size, sets.numpy().tobytes()))
+        return sets
 
     draw_sets = lightning_model.draw_sets
     monkeypatch.setattr(lightning_model, "draw_sets", draw)
     samples = sample_images(torch.rand(2, 3, 64, 64), 1, torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    for _ in range(16):
-        model.loss_of(samples)
+    model._sample_seed = 0
+    for process in range(2):
+        torch.manual_seed(process)
+        for step in range(16):
+            monkeypatch.setattr(RIAD, "global_step", step)
+            model.loss_of(samples)
+    assert drawn[:16] == drawn[16:]  # whatever the global randomness of a process
     assert {cell_size for cell_size, _ in drawn} == {2, 4, 8, 16}
-    assert len({sets.numpy().tobytes() for _, sets in drawn}) == 16
+    assert len({sets for _, sets in drawn}) == 16
 
 
 def test_a_loss_is_that_of_images_inpainted_in_three_goes() -> None:
     model = tiny_riad(cell_sizes=(4,)).eval()
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     samples = sample_images(images, 1, torch.Generator().manual_seed(0), augment=False)
-    torch.manual_seed(5)
+    model._sample_seed = 5
     loss = model.loss_of(samples)
-    torch.manual_seed(5)
-    torch.randint(1, ())  # the size of the cells
-    sets = lightning_model.draw_sets((64, 64), 4)
+    generator = model.step_generator()
+    torch.randint(1, (), generator=generator)  # the size of the cells
+    sets = lightning_model.draw_sets((64, 64), 4, generator)
     torch.testing.assert_close(loss, RIADLoss()(images, model.model.inpaint(images, sets[None])[:, 0]))
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from anomalib_intra import InTra, TextureDemo
 from anomalib_intra.training import checkpoints as checkpoints_module
 from anomalib_intra.training.callbacks import FiniteLoss
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_best_and_last
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_last_and_best
 from anomalib_intra.training.random_state import random_state, set_random_state
 
 from ..conftest import tiny_engine, tiny_intra
@@ -157,7 +157,7 @@ def test_a_signal_ends_the_step_and_saves_it(
 
     # What Ctrl-C left scores nothing until it is calibrated, and says so.
     left = InTra.load_from_checkpoint(tmp_path / RUN / "v0" / BEST)
-    with pytest.raises(RuntimeError, match="no training mean"):
+    with pytest.raises(RuntimeError, match="is not calibrated"):
         left(torch.rand(1, 3, 64, 64))
 
 
@@ -382,15 +382,24 @@ def test_the_engines_own_checkpoint_is_exchanged_and_one_that_is_not_recognised_
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer = trainer_with(tmp_path)
-    assert [type(one) for one in keep_best_and_last(trainer)] == [BestCheckpoint, LastCheckpoint]
+    assert [type(one) for one in keep_last_and_best(trainer, best=True)] == [BestCheckpoint, LastCheckpoint]
     assert trainer.callbacks == []
     for own in ({"monitor": "val_loss"}, {"dirpath": tmp_path / "elsewhere", "filename": "last-epoch"}):
-        assert keep_best_and_last(trainer_with(tmp_path, **own)) == []
+        assert keep_last_and_best(trainer_with(tmp_path, **own), best=True) == []
     assert not caplog.records
     for other in ({"filename": "last-epoch"}, {"dirpath": None, "filename": None}):
-        assert keep_best_and_last(trainer_with(tmp_path, **other)) == []
+        assert keep_last_and_best(trainer_with(tmp_path, **other), best=False) == []
+        assert not caplog.records  # the last epoch is what is to be kept
+        assert keep_last_and_best(trainer_with(tmp_path, **other), best=True) == []
         assert "keeps the last epoch, not the best, and the last epoch will be tested" in caplog.text
         caplog.clear()
+
+
+def test_the_engines_own_checkpoint_stays_where_the_last_epoch_is_to_be_kept(tmp_path: Path) -> None:
+    trainer = trainer_with(tmp_path)
+    (last,) = keep_last_and_best(trainer, best=False)
+    assert isinstance(last, LastCheckpoint)
+    assert [type(one) for one in trainer.callbacks] == [ModelCheckpoint]
 
 
 def test_the_engine_of_this_version_is_recognised(demo_root: Path, tmp_path: Path, caplog) -> None:

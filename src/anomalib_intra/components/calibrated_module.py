@@ -12,6 +12,7 @@ from anomalib.metrics import Evaluator
 from anomalib.models.components import AnomalibModule
 from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
+from anomalib.visualization import Visualizer
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
@@ -21,6 +22,7 @@ from anomalib_intra.components.evaluator import patient
 from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
+from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.image_files import check_image_files
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
@@ -96,7 +98,6 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             images (DataLoader): Training images, as a test would see them.
         """
 
-    @abstractmethod
     def test_step(self, batch: Any, *args: Any, **kwargs: Any) -> ImageBatch:
         """Give a batch what the post-processor scores: raw scores and maps, or what it makes them from.
 
@@ -108,6 +109,9 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         Returns:
             ImageBatch: The batch.
         """
+        del args, kwargs
+        scores = self.model(torch.as_tensor(batch.image))
+        return batch.update(pred_score=scores.pred_score, anomaly_map=scores.anomaly_map)
 
     def set_thresholds(self, images: DataLoader[Any]) -> None:
         """Set the thresholds, with what :meth:`learn_normal` computed.
@@ -145,6 +149,15 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             PostProcessor: Of the model's kind.
         """
         return self.post_processor_kind()
+
+    @classmethod
+    def configure_visualizer(cls) -> Visualizer:
+        """Name the pictures of anomalib.
+
+        Returns:
+            Visualizer: A :class:`NamedImageVisualizer`.
+        """
+        return NamedImageVisualizer()
 
     @property
     def learning_type(self) -> LearningType:
@@ -231,9 +244,18 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
 
     def _ensure_calibrated(self) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
-        if self.is_calibrated or datamodule is None:
-            return  # without a datamodule, the model says what is missing
-        logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
+        if self.is_calibrated and self.post_processor.has_thresholds:
+            return
+        if self.is_calibrated:
+            logger.warning(
+                "%s has no thresholds, without which scores are raw and nothing is called anomalous: the datamodule it "
+                "was trained on has the images to set them on.",
+                self.name,
+            )
+        if datamodule is None:
+            return  # the model says what else is missing
+        if not self.is_calibrated:
+            logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
         val_loader = datamodule.val_dataloader() if has_validation_images(datamodule) else None
         self._calibrate(self._sort_out(datamodule.train_dataloader(), val_loader))
 
@@ -245,12 +267,13 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         self.train(was_training)
 
     def calibrate(self, images: NormalImages) -> None:
-        """Learn what is normal, and set the thresholds.
+        """Learn what is normal, unless that is known already, and set the thresholds.
 
         Args:
             images (NormalImages): The loaders of the run.
         """
-        self.learn_normal(images.statistics)
+        if not self.is_calibrated:
+            self.learn_normal(images.statistics)
         self.set_thresholds(images.thresholds)
         self.calibrated_through = self._described(images.statistics.dataset)
 

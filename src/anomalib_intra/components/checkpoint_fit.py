@@ -52,13 +52,13 @@ values, or use InTra.load_from_checkpoint, which does.
 def forget_stale_calibration(
     checkpoint: dict[str, Any], stored: Mapping[str, Any], present: Mapping[str, Any], blank: Mapping[str, torch.Tensor]
 ) -> None:
-    """Leave the calibration out of a checkpoint if images are scored in another way now; a test makes it anew.
+    """Leave out of a checkpoint what is not calibrated for the way in which images are scored now.
 
     Args:
         checkpoint (dict[str, Any]): The checkpoint.
         stored (Mapping[str, Any]): How images were scored when it was calibrated.
         present (Mapping[str, Any]): How they are scored now.
-        blank (Mapping[str, torch.Tensor]): State of a model that was never calibrated.
+        blank (Mapping[str, torch.Tensor]): State of a post-processor that was never calibrated.
     """
     changed = [
         f"{name}={stored[name]!r} (here {value!r})"
@@ -67,7 +67,9 @@ def forget_stale_calibration(
     ]
     if changed:
         logger.warning(
-            "The checkpoint was calibrated with %s: its training mean and thresholds are left out.", ", ".join(changed)
+            "The checkpoint was calibrated with %s: what depends on that is left out, and a test on the data it was "
+            "trained on computes it anew.",
+            ", ".join(changed),
         )
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
     else:  # one of an older version lacks what has been added since

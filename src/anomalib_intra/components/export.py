@@ -75,7 +75,7 @@ class CompleteExport(ExportMixin):
 
     def _refuse_uncalibrated(self) -> None:
         module: Any = self
-        if not module.is_calibrated:
+        if not (module.is_calibrated and module.post_processor.has_thresholds):
             msg = (
                 f"This {module.name} cannot score images yet, so it is not exported: it was never trained, or its "
                 f"training was cut off. {HOW_TO_CALIBRATE}"

@@ -3,31 +3,25 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.pre_processing import PreProcessor
 from anomalib.visualization import Visualizer
 from einops import rearrange
-from lightning.pytorch import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from rich.progress import track
 from torch.utils.data import DataLoader
 from torchmetrics import R2Score
 
 from anomalib_intra.components.anomaly_map import difference_map
-from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.batch import InTraBatch, is_normal
-from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
-from anomalib_intra.components.monitoring import validates
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP, InTraPostProcessor
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.components.visualizer import InTraVisualizer
-from anomalib_intra.training.checkpoints import keep_best_and_last
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +53,7 @@ class ReconstructionModule(TrainedModule):
         **components (Any): As for :class:`TrainedModule`.
     """
 
-    #: The arguments that decide the shape of the weights, or what they mean.
-    architecture: ClassVar[tuple[str, ...]] = ("image_size",)
+    keeps_best = True
 
     post_processor: InTraPostProcessor
     post_processor_kind = InTraPostProcessor
@@ -112,11 +105,6 @@ class ReconstructionModule(TrainedModule):
             image, reconstruction, difference_map(image, reconstruction, self.post_processor.colour_weight)
         )
 
-    @property
-    def scored_with(self) -> dict[str, Any]:
-        """What the calibration depends on beside weights and post-processor."""
-        return {}
-
     # ---- components --------------------------------------------------------------------------------------------------
 
     @classmethod
@@ -127,11 +115,6 @@ class ReconstructionModule(TrainedModule):
             Visualizer: An :class:`InTraVisualizer`.
         """
         return InTraVisualizer()
-
-    def configure_callbacks(self) -> Sequence[Callback]:
-        """Keep the best and the last epoch, where the Engine would keep the last alone; none is best without losses."""
-        callbacks = super().configure_callbacks()
-        return [*callbacks, *(keep_best_and_last(self.trainer) if validates(self.trainer) else [])]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
@@ -294,35 +277,11 @@ class ReconstructionModule(TrainedModule):
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    @classmethod
-    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Write out what the arguments of a model mean: all defaults, and what follows from other arguments.
-
-        Args:
-            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
-
-        Returns:
-            dict[str, Any]: All arguments; equal models have equal ones.
-        """
-        return with_defaults(cls, arguments)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, then restore what was stored and still holds."""
-        saved = self.completed(checkpoint.get("hyper_parameters", {}))
-        check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
-        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
-        # What an older version does not say of its calibration is in its settings, or was as in the paper: it stays so.
+        """Restore what was stored, also by an older version."""
+        # What that does not say of its calibration is in its settings, or was as in the paper: it stays so.
         checkpoint["anomalib_post_processor_config"] = {
             **PAPERS_MAP,
             **checkpoint.get("anomalib_post_processor_config", {}),
         }
-        stored = {**self.completed({}), **checkpoint["anomalib_post_processor_config"]}
-        stored |= checkpoint.get("calibrated_with", {})
-        present = {**self.scored_with, **self.post_processor.asked_calibration}
-        forget_stale_calibration(checkpoint, stored, present, blank)
         super().on_load_checkpoint(checkpoint)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store beside the weights what the calibration depends on."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}

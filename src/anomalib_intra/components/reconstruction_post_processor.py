@@ -123,12 +123,7 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
     @property
     def calibrated_with(self) -> dict[str, Any]:
         """The settings on which training mean and thresholds depend."""
-        return {name: getattr(self, name) for name in (*PAPERS_MAP, "image_quantile", "pixel_quantile")}
-
-    @property
-    def asked_calibration(self) -> dict[str, Any]:
-        """Those of them that were given."""
-        return {name: value for name, value in self.calibrated_with.items() if name in self.asked_settings}
+        return {**{name: getattr(self, name) for name in PAPERS_MAP}, **super().calibrated_with}
 
     # ---- from reconstruction to raw map ------------------------------------------------------------------------------
 
@@ -143,20 +138,20 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
                 ``"half"``.
 
         Raises:
-            RuntimeError: If the training mean was never computed.
-            ValueError: If it belongs to another image size.
+            RuntimeError: If the model was never calibrated.
+            ValueError: If it was calibrated on images of another size.
         """
         if not self.is_calibrated:
             msg = (
-                "This model has no training mean (eq. 17), so it cannot score images: its training was cut off, it was "
-                f"never trained, or it was calibrated with other settings. {HOW_TO_CALIBRATE}"
+                "This model is not calibrated, so it cannot score images: its training was cut off, it was never "
+                f"trained, or it was calibrated with other settings. {HOW_TO_CALIBRATE}"
             )
             raise RuntimeError(msg)
         size, trained = (tuple(x.shape[-2:]) for x in (differences, self.training_mean))
         if size != trained:
             msg = (
-                f"Images of {size[0]} x {size[1]} pixels cannot be compared with a training mean of {trained[0]} x "
-                f"{trained[1]}: resize the images to that."
+                f"Images of {size[0]} x {size[1]} pixels reached a model that was calibrated on images of "
+                f"{trained[0]} x {trained[1]}: resize the images to that."
             )
             raise ValueError(msg)
         return anomaly_map(differences, self.training_mean, self.training_std, self.deviation)

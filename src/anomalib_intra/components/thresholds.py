@@ -118,6 +118,16 @@ class UnsaturatedPostProcessor(PostProcessor):
         """
         super().load_checkpoint_config({**config, **self.asked_settings})
 
+    @property
+    def calibrated_with(self) -> dict[str, Any]:
+        """The settings on which the calibration depends."""
+        return {"image_quantile": self.image_quantile, "pixel_quantile": self.pixel_quantile}
+
+    @property
+    def asked_calibration(self) -> dict[str, Any]:
+        """Those of them that were given."""
+        return {name: value for name, value in self.calibrated_with.items() if name in self.asked_settings}
+
     # ---- calibration -------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -125,6 +135,11 @@ class UnsaturatedPostProcessor(PostProcessor):
         self._image_threshold.fill_(torch.nan)
         self._pixel_threshold.fill_(torch.nan)
         self._forget()
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether the threshold of images was ever set."""
+        return not bool(self._image_threshold.isnan())
 
     def observe(self, batch: ImageBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.

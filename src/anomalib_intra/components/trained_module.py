@@ -4,28 +4,31 @@
 import logging
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from anomalib.pre_processing import PreProcessor
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
+from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
+from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 from anomalib_intra.components.monitoring import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
 from anomalib_intra.components.pre_processor import OnImagesOnly
-from anomalib_intra.data.normal_images import NormalImages, shared_loader
+from anomalib_intra.data.normal_images import NormalImages, Share, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO
+from anomalib_intra.training.checkpoints import AtomicCheckpointIO, keep_last_and_best
 from anomalib_intra.training.command_line import command_line, drop_unreadable, seed_as_commanded
 from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.training.internals import (
@@ -64,14 +67,20 @@ class TrainedModule(CalibratedModule):
     """An anomalib model that learns from random samples (windows, pairs of patches, whole images) of normal images.
 
     Before Lightning sets its loop up, a loader of samples takes the place of the datamodule's image loader, so that
-    optimizer, clipping, precision, ``max_steps`` and progress bar are Lightning's own. When training ends, the weights
-    of the best checkpoint are loaded, calibrated, and stored there with what calibration found.
+    optimizer, clipping, precision, ``max_steps`` and progress bar are Lightning's own. When training ends, the last
+    weights, or those of the best checkpoint where one is chosen, are calibrated, and stored with what that found.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized.
         pre_processor (PreProcessor | bool): As for :class:`CalibratedModule`.
         **components (Any): As for :class:`CalibratedModule`.
     """
+
+    #: The arguments that decide the shape of the weights, or what they mean.
+    architecture: ClassVar[tuple[str, ...]] = ("image_size",)
+
+    #: Whether the outcome of a training is the epoch with the lowest validation loss, not the last one.
+    keeps_best: ClassVar[bool] = False
 
     #: What samples are called in the progress bar.
     samples_name = "samples"
@@ -103,10 +112,27 @@ class TrainedModule(CalibratedModule):
     def reset_parameters(self) -> None:
         """Initialise all weights anew."""
 
+    @property
+    def scored_with(self) -> dict[str, Any]:
+        """What the calibration depends on beside weights and post-processor."""
+        return {}
+
+    @classmethod
+    def completed(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Write out what the arguments of a model mean: all defaults, and what follows from other arguments.
+
+        Args:
+            arguments (Mapping[str, Any]): Arguments that were given, of this or an older version.
+
+        Returns:
+            dict[str, Any]: All arguments; equal models have equal ones.
+        """
+        return with_defaults(cls, arguments)
+
     # ---- components --------------------------------------------------------------------------------------------------
 
     def configure_callbacks(self) -> Sequence[Callback]:
-        """Add what watches a training, and a report unless pictures are switched off or the user brought their own."""
+        """Add what watches and saves a training, and a report unless pictures are off or the user brought their own."""
         refuse_batch_size_finder(self.trainer, self.name)
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         if command_line(self):
@@ -123,7 +149,8 @@ class TrainedModule(CalibratedModule):
         reports = [callback for callback in self._callbacks if isinstance(callback, RunReport)]
         own += [RunReport()] * (bool(self.visualizer) and not reports)
         run.remember(self, own)
-        return [*([] if runs else [run]), *own, *reports]
+        kept = keep_last_and_best(self.trainer, self.keeps_best and validates(self.trainer))
+        return [*([] if runs else [run]), *own, *reports, *kept]
 
     @property
     def _callbacks(self) -> list[Callback]:
@@ -233,6 +260,15 @@ class TrainedModule(CalibratedModule):
         shares += [share_of_time(timer, trainer) for timer in self._callbacks if isinstance(timer, Timer)]
         return min(1.0, max(shares))
 
+    def step_generator(self) -> torch.Generator:
+        """Give randomness that is another in each step, and the same in all processes, whose global one may differ.
+
+        Returns:
+            torch.Generator: A generator on the CPU.
+        """
+        assert self._sample_seed is not None
+        return torch.Generator().manual_seed(self._sample_seed * 1_000_003 + self.global_step)
+
     def log_train_loss(self, loss: torch.Tensor, count: int) -> None:
         """Log the loss of a step, and show it.
 
@@ -252,21 +288,18 @@ class TrainedModule(CalibratedModule):
             self._loader.epoch = self._first_epoch
 
     def end_training(self) -> None:
-        """Go back to the weights of the best checkpoint, calibrate them, and store that in the checkpoint."""
+        """Go back to the weights of the best checkpoint, if one was chosen, calibrate them, and store that in it."""
         kept = keeper_of_the_best(self.trainer)
-        best = getattr(kept, "best_model_path", "")
-        # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
-        stored = bool(best) and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or "")
-        if stored:
-            checkpoint = self.trainer.strategy.checkpoint_io.load_checkpoint(best, map_location="cpu")
-            if weights_were_averaged(self.trainer):
-                logger.info("Keeping the averaged weights, which go into %s.", best)
-            else:
-                self.load_state_dict(checkpoint["state_dict"])
-                logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
+        best, checkpoint = self._outcome(kept)
+        if checkpoint and weights_were_averaged(self.trainer):
+            logger.info("Keeping the averaged weights, which go into %s.", best)
+        elif checkpoint and kept.monitor is not None:
+            self.load_state_dict(checkpoint["state_dict"])
+            logger.info("Back to the weights of epoch %d, those of %s.", checkpoint["epoch"], best)
         assert self._images is not None
+        self.forget_calibration()  # that of the run which the best checkpoint was taken over from
         self._calibrate(self._images)
-        if stored:
+        if checkpoint:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
             checkpoint["calibrated_through"] = self.calibrated_through
@@ -277,6 +310,24 @@ class TrainedModule(CalibratedModule):
             self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._loader = None
+
+    def _outcome(self, kept: Any) -> tuple[str, dict[str, Any]]:
+        """Give the file that the model is kept in, and what it holds; nothing where none is to be kept."""
+        load = partial(self.trainer.strategy.checkpoint_io.load_checkpoint, map_location="cpu")
+        best = str(getattr(kept, "best_model_path", ""))
+        # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
+        if best and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or ""):
+            checkpoint = load(best)
+            # One that monitors nothing is to keep the last weights, but saves only when images are validated.
+            if kept.monitor is not None or checkpoint["global_step"] == self.trainer.global_step:
+                return best, checkpoint
+        is_dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning
+        if not isinstance(kept, ModelCheckpoint) or kept.save_top_k == 0 or is_dry:
+            return "", {}
+        now = {"epoch": torch.tensor(self.trainer.current_epoch), "step": torch.tensor(self.trainer.global_step)}
+        kept.best_model_path = best = kept.format_checkpoint_name({**self.trainer.callback_metrics, **now})
+        self.trainer.save_checkpoint(best, kept.save_weights_only)
+        return best, load(best)
 
     def on_fit_end(self) -> None:
         """End a run that was stopped after its last epoch: resumed, it has nothing to train and skips that end."""
@@ -303,6 +354,20 @@ class TrainedModule(CalibratedModule):
         batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         if trainer.state.fn == "fit" and self._scores_validation and batch_idx + 1 == sum(batches):
             self.forget_calibration()
+
+    def number_of(self, batch_idx: int) -> int:
+        """Number a batch of held-out images as a single process would; it seeds what is random about its loss.
+
+        Args:
+            batch_idx (int): Number of the batch in this process.
+
+        Returns:
+            int: Its number.
+        """
+        assert self._images is not None
+        share = self._images.held_out.sampler
+        assert isinstance(share, Share)
+        return share.rank + batch_idx * share.num_replicas
 
     def add_val_loss(self, loss: torch.Tensor, count: int) -> None:
         """Add the loss of a batch of held-out images to the validation loss.
@@ -343,15 +408,23 @@ class TrainedModule(CalibratedModule):
         return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store seed and state of random numbers and the losses beside what anomalib stores."""
+        """Store seed and state of random numbers, losses, and what the calibration depends on."""
         super().on_save_checkpoint(checkpoint)
+        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}
         checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._sample_seed
         checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what was stored, whichever metrics the model was tested with."""
+        """Refuse a checkpoint of another architecture, then restore what was stored and still holds.
+
+        Raises:
+            ValueError: If it is of another architecture.
+        """
+        saved = self.completed(checkpoint.get("hyper_parameters", {}))
+        check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
+        self._forget_stale_calibration(checkpoint)
         super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == "fit":
@@ -367,6 +440,13 @@ class TrainedModule(CalibratedModule):
             **{key: value for key, value in stored.items() if not key.startswith("evaluator.")},
             **{key: value for key, value in present.items() if key.startswith("evaluator.")},
         }
+
+    def _forget_stale_calibration(self, checkpoint: dict[str, Any]) -> None:
+        stored = {**self.completed({}), **checkpoint.get("anomalib_post_processor_config", {})}
+        stored |= checkpoint.get("calibrated_with", {})
+        present = {**self.scored_with, **self.post_processor.asked_calibration}
+        blank = self.configure_post_processor().state_dict(prefix="post_processor.")
+        forget_stale_calibration(checkpoint, stored, present, blank)
 
     def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> None:
         # Engine.train gives the checkpoint that training was resumed from to the test that follows, too, which would

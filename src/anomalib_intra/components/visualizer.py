@@ -4,6 +4,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from anomalib.data import ImageBatch
 from anomalib.visualization import ImageVisualizer, Visualizer
 from anomalib.visualization.image.item_visualizer import visualize_image_item
@@ -78,7 +79,8 @@ class NamedImageVisualizer(ImageVisualizer):
     """anomalib's pictures, each in a file of its own, in the folder of the run that is under way.
 
     anomalib's own lets images of equal names, and all without a path, write over each other, and keeps to the folder of
-    its first run.
+    its first run. It draws raw maps as they are, so that a value of 1.01 looks like 0; here they share a scale, as
+    those of :class:`InTraVisualizer` do.
     """
 
     _paths: PicturePaths
@@ -94,9 +96,11 @@ class NamedImageVisualizer(ImageVisualizer):
         self, trainer: Trainer, pl_module: Any, outputs: ImageBatch, batch: ImageBatch, *args: Any, **kwargs: Any
     ) -> None:
         """Save the pictures of a batch."""
-        del pl_module, outputs, args, kwargs
+        del outputs, args, kwargs
         settings = ("fields", "overlay_fields", "field_size", "fields_config", "overlay_fields_config", "text_config")
-        for item in batch:
+        scale = pl_module.post_processor.display_scale
+        for item in batch:  # (items of their own, whose fields can be changed)
+            item.anomaly_map = (torch.as_tensor(item.anomaly_map) * scale).clamp(0, 1)
             picture = visualize_image_item(item, **{name: getattr(self, name) for name in settings})
             if picture is not None:
                 picture.save(self._paths.of(item.image_path, trainer))

@@ -6,7 +6,7 @@ https://arxiv.org/abs/2104.04015.
 """
 
 import math
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +24,9 @@ from torch.utils.data import DataLoader
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
-from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.cutpaste.augmentation import ThreeForms
 from anomalib_intra.cutpaste.gaussian import Moments
-from anomalib_intra.cutpaste.torch_model import CutPasteModel, check_sizes
+from anomalib_intra.cutpaste.torch_model import FEATURE_DIM, CutPasteModel, check_sizes
 from anomalib_intra.data.images import ImageSamples, sample_images
 from anomalib_intra.data.samples import as_fractions
 from anomalib_intra.training.command_line import as_commanded
@@ -69,6 +68,7 @@ class CutPaste(TrainedModule):
 
     model: CutPasteModel
     samples_name = "images"
+    architecture = ("image_size", "patch_size")
 
     def __init__(
         self,
@@ -97,15 +97,6 @@ class CutPaste(TrainedModule):
         self.images_per_step = images_per_step
         self.model = CutPasteModel(self.image_size, patch_size)
         self.three_forms = ThreeForms(self.image_size, patch_size)
-
-    @classmethod
-    def configure_visualizer(cls) -> Visualizer:
-        """Name the pictures of anomalib.
-
-        Returns:
-            Visualizer: A :class:`NamedImageVisualizer`.
-        """
-        return NamedImageVisualizer()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """SGD with half a cosine over the training, unless the command line names others.
@@ -145,11 +136,12 @@ class CutPaste(TrainedModule):
         self.log("train_accuracy", accuracy, on_step=False, on_epoch=True, batch_size=len(batch))
         return loss
 
-    def validation_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
+    def validation_step(self, batch: ImageBatch, batch_idx: int, *args: Any, **kwargs: Any) -> ImageBatch:
         """While training, compute the loss on fixed forms of held-out normal images; otherwise score the batch.
 
         Args:
             batch (ImageBatch): Batch of images.
+            batch_idx (int): Number of the batch; it seeds the forms.
             *args: Unused.
             **kwargs: Unused.
 
@@ -162,7 +154,7 @@ class CutPaste(TrainedModule):
         normal = is_normal(batch)
         if normal.any():
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(0)
+                torch.default_generator.manual_seed(self.number_of(batch_idx))
                 loss, _ = self._loss_of(torch.as_tensor(batch.image)[normal])
             self.add_val_loss(loss, int(normal.sum()))
         return self.test_step(batch) if self.is_calibrated else batch
@@ -193,26 +185,10 @@ class CutPaste(TrainedModule):
         Args:
             images (DataLoader): Training images, as a test would see them.
         """
-        moments = []
+        sums = Moments.of(torch.empty(0, FEATURE_DIM, device=self.device))  # those of a process without an image
         for batch in track(images, "Gaussian of normal features"):
             batch = self.as_tested(batch)
-            moments.append(Moments.of(self.model.features(torch.as_tensor(batch.image)[is_normal(batch)])))
-        sums = reduce(Moments.plus, moments)
+            normal = is_normal(batch)
+            if normal.any():
+                sums = sums.plus(Moments.of(self.model.features(torch.as_tensor(batch.image)[normal])))
         self.model.gaussian.fit(Moments(*(self.trainer.strategy.reduce(part, reduce_op="sum") for part in sums)))
-
-    # ---- test and prediction -----------------------------------------------------------------------------------------
-
-    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
-        """Give a batch raw scores and maps.
-
-        Args:
-            batch (ImageBatch): Batch of images.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            ImageBatch: The batch.
-        """
-        del args, kwargs
-        scores = self.model(torch.as_tensor(batch.image))
-        return batch.update(pred_score=scores.pred_score, anomaly_map=scores.anomaly_map)

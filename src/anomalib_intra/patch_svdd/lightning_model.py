@@ -21,11 +21,9 @@ from torch.utils.data import DataLoader
 from anomalib_intra.components.arguments import check_counts, check_weights
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
-from anomalib_intra.components.visualizer import NamedImageVisualizer
-from anomalib_intra.data.normal_images import Share
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
 from anomalib_intra.patch_svdd.pairs import PairBatch, check_trainable, cut_pairs, sample_pairs
-from anomalib_intra.patch_svdd.torch_model import PatchSVDDModel
+from anomalib_intra.patch_svdd.torch_model import FEATURE_DIM, PatchSVDDModel
 from anomalib_intra.training.command_line import as_commanded
 from anomalib_intra.training.processes import gathered
 
@@ -92,15 +90,6 @@ class PatchSVDD(TrainedModule):
         self.model = PatchSVDDModel(self.image_size)
         self.loss = PatchSVDDLoss(svdd_weight)
 
-    @classmethod
-    def configure_visualizer(cls) -> Visualizer:
-        """Name the pictures of anomalib.
-
-        Returns:
-            Visualizer: A :class:`NamedImageVisualizer`.
-        """
-        return NamedImageVisualizer()
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam, for the encoder and the position classifiers, unless the command line names another optimizer.
 
@@ -165,16 +154,10 @@ class PatchSVDD(TrainedModule):
         normal = is_normal(batch)
         if normal.any():
             images = torch.as_tensor(batch.image)[normal]
-            samples = sample_pairs(images, self.pairs_per_image, torch.Generator().manual_seed(self._number(batch_idx)))
+            generator = torch.Generator().manual_seed(self.number_of(batch_idx))
+            samples = sample_pairs(images, self.pairs_per_image, generator)
             self.add_val_loss(self._loss_of(samples, noise=0.0).total, len(samples))
         return self.test_step(batch) if self.is_calibrated else batch
-
-    def _number(self, batch_idx: int) -> int:
-        """Number a batch as a single process would."""
-        assert self._images is not None
-        share = self._images.held_out.sampler
-        assert isinstance(share, Share)
-        return share.rank + batch_idx * share.num_replicas
 
     def _loss_of(self, samples: PairBatch, **noise: float) -> LossTerms:
         return self.loss(self.model.encode_pairs(cut_pairs(samples, self.model.mean_image, **noise)))
@@ -199,27 +182,14 @@ class PatchSVDD(TrainedModule):
         Args:
             images (DataLoader): Training images, as a test would see them.
         """
-        small, big = [], []
+        empty = torch.empty(0, FEATURE_DIM, device=self.device)  # of a process without an image
+        small, big = [empty], [empty]
         for batch in track(images, "Memory bank"):
             batch = self.as_tested(batch)
-            features = self.model.encode(torch.as_tensor(batch.image)[is_normal(batch)])
+            normal = is_normal(batch)
+            if not normal.any():
+                continue
+            features = self.model.encode(torch.as_tensor(batch.image)[normal])
             small.append(rearrange(features.small, "b d h w -> (b h w) d"))
             big.append(rearrange(features.big, "b d h w -> (b h w) d"))
         self.model.bank_small, self.model.bank_big = (gathered(torch.cat(bank)) for bank in (small, big))
-
-    # ---- test and prediction -----------------------------------------------------------------------------------------
-
-    def test_step(self, batch: ImageBatch, *args: Any, **kwargs: Any) -> ImageBatch:
-        """Give a batch raw scores and maps.
-
-        Args:
-            batch (ImageBatch): Batch of images.
-            *args: Unused.
-            **kwargs: Unused.
-
-        Returns:
-            ImageBatch: The batch.
-        """
-        del args, kwargs
-        predictions = self.model(torch.as_tensor(batch.image))
-        return batch.update(pred_score=predictions.pred_score, anomaly_map=predictions.anomaly_map)

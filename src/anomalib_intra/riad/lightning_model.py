@@ -140,8 +140,9 @@ class RIAD(ReconstructionModule):
             torch.Tensor: The loss, a scalar.
         """
         images = cut_images(batch)
-        cell_size = self.model.cell_sizes[int(torch.randint(len(self.model.cell_sizes), ()))]
-        sets = draw_sets(self.image_size, cell_size).to(images.device)
+        generator = self.step_generator()
+        cell_size = self.model.cell_sizes[int(torch.randint(len(self.model.cell_sizes), (), generator=generator))]
+        sets = draw_sets(self.image_size, cell_size, generator).to(images.device)
         loss: torch.Tensor = self.loss(images, self.model.inpaint(images, sets[None])[:, 0])
         return loss
 

@@ -201,11 +201,12 @@ class LastCheckpoint(Checkpoint):
         self._saving_took = self._saved_at - started
 
 
-def keep_best_and_last(trainer: Trainer) -> list[Checkpoint]:
-    """Put checkpoints of the best and the last epoch in the place of the Engine's own, which keeps the last alone.
+def keep_last_and_best(trainer: Trainer, best: bool) -> list[Checkpoint]:
+    """Add a checkpoint to resume from to the Engine's own, and on request put that of the best epoch in its place.
 
     Args:
-        trainer (Trainer): The trainer, from whose callbacks the Engine's own is taken out.
+        trainer (Trainer): The trainer, from whose callbacks the Engine's own is then taken out.
+        best (bool): Whether to keep the best epoch, where the Engine keeps the last.
 
     Returns:
         list[Checkpoint]: The callbacks to add; none where the user brought checkpoints of their own.
@@ -214,16 +215,19 @@ def keep_best_and_last(trainer: Trainer) -> list[Checkpoint]:
     checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
     if len(checkpoints) != 1:
         return []
-    if not _is_engine_default(checkpoints[0]):
-        if trainer.state.fn == "fit" and _is_in_the_engines_place(checkpoints[0], trainer):
+    own = checkpoints[0]
+    if not _is_engine_default(own):
+        if best and trainer.state.fn == "fit" and _is_in_the_engines_place(own, trainer):
             logger.warning(
                 "%s keeps the last epoch, not the best, and the last epoch will be tested: give the Engine "
                 'callbacks=[ModelCheckpoint(monitor="val_loss")], of anomalib.callbacks.',
-                type(checkpoints[0]).__name__,
+                type(own).__name__,
             )
         return []
-    present.remove(checkpoints[0])
-    return [BestCheckpoint(checkpoints[0].dirpath), LastCheckpoint(checkpoints[0].dirpath)]
+    if not best:
+        return [LastCheckpoint(own.dirpath)]
+    present.remove(own)
+    return [BestCheckpoint(own.dirpath), LastCheckpoint(own.dirpath)]
 
 
 def _is_in_the_engines_place(checkpoint: Any, trainer: Trainer) -> bool:
