@@ -26,6 +26,7 @@ from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
 from anomalib_intra.data.pipeline import datasets_of, described, parts_of, refuse_random, transform_of
 from anomalib_intra.data.samples import Prepared
+from anomalib_intra.training.command_line import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +181,10 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         self._ensure_fit(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        """Make sure that images and model are fit for prediction."""
+        """Make sure that images and model are fit for prediction, and that it keeps nothing which nobody can take."""
+        if commanded := command_line(self):
+            # Lightning would keep all predictions to return them, megabytes an image; a command line returns none.
+            self.trainer.predict_loop.return_predictions = bool(commanded.get("return_predictions"))
         self._ensure_fit(self.trainer.predict_dataloaders)
 
     def _ensure_fit(self, loaders: Any) -> None:
