@@ -19,7 +19,7 @@ from PIL import Image, JpegImagePlugin, PngImagePlugin
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.v2 import CenterCrop
 
-from anomalib_intra import InTra, MVTec, TextureDemo
+from anomalib_intra import InTra, MVTec, TextureDemo, cli
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.data.image_files import check_image_files, masks_of_files
 
@@ -481,6 +481,39 @@ def test_prediction_from_odd_paths_is_refused_by_anomalib_and_works_from_within(
         tiny_engine(tmp_path / "r").predict(model, data_path=folder)
     monkeypatch.chdir(folder)
     predict(model, Path(), tmp_path / "r")
+
+
+def test_folders_at_odd_paths_are_refused_and_work_by_whole_paths_through_a_link(
+    model: InTra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Prüfung").mkdir()
+    for kind in ("good", "bad"):
+        (tmp_path / "Prüfung" / kind).mkdir()
+        for number in range(10):
+            picture(seed=number).save(tmp_path / "Prüfung" / kind / f"{number}.png")
+    link = tmp_path / "parts"
+    link.symlink_to(tmp_path / "Prüfung")
+    whole = [f"--data.{name}_dir={link / kind}" for name, kind in {"normal": "good", "abnormal": "bad"}.items()]
+    small = ("image_size=[64,64]", "embed_dim=32", "depth=1", "num_heads=2", "minutes=0.001", "visualizer=false")
+    words = ["train", "--config", "own_images", *(f"--model.{one}" for one in small), "--data.num_workers=0"]
+    results = [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--default_root_dir={tmp_path / 'r'}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, *results, "--data.root", str(link)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"anomalib-intra: Path contains non-printable .*/Prüfung/\w+\. .*--data\.normal_dir /LINK/good", said
+    )
+
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, *results, *whole])
+    cli.main()
+    assert list((tmp_path / "r").rglob("model.ckpt"))
+    assert len(tiny_engine(tmp_path / "p").predict(model, data_path=link / "good")) == 10
 
 
 # ---- where it is looked ----------------------------------------------------------------------------------------------
