@@ -9,8 +9,14 @@ from .conftest import CONFIGS
 ROOT = CONFIGS.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
-#: Contents of the fenced blocks, with their languages.
-BLOCKS: list[tuple[str, str]] = _FENCED.findall(TEXT)
+
+
+def blocks_of(text: str) -> list[tuple[str, str]]:
+    """Find the contents of the fenced blocks of a page, with their languages."""
+    return _FENCED.findall(text)
+
+
+BLOCKS = blocks_of(TEXT)
 #: What stands between backticks in text and tables.
 SPANS: list[str] = re.findall(r"`([^`\n]+)`", _FENCED.sub("", TEXT))
 

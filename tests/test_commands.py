@@ -120,7 +120,7 @@ def test_test_repeats_the_metrics_of_training(command: Command, trained: Anomali
 def test_predict_takes_a_folder_and_an_image_file(command: Command, checkpoint: Path, few_root: Path) -> None:
     folder = few_root / "weave" / "test" / "hole"
     predicted = [
-        command("predict", "--data", path, "--ckpt_path", checkpoint, with_data=False)
+        command("predict", "--data", path, "--ckpt_path", checkpoint, "--return_predictions", "true", with_data=False)
         for path in (folder, folder / "001.png")
     ]
     of_folder, of_file = (
@@ -133,6 +133,15 @@ def test_predict_takes_a_folder_and_an_image_file(command: Command, checkpoint: 
     assert torch.equal(of_file["001.png"].anomaly_map, of_folder["001.png"].anomaly_map)
     for cli, count in zip(predicted, (len(of_folder), 1), strict=True):
         assert len(list(Path(cli.engine.trainer.default_root_dir).rglob("*.png"))) == count
+
+
+def test_predict_keeps_no_predictions_and_writes_the_report(command: Command, checkpoint: Path, few_root: Path) -> None:
+    """They would fill the memory: a command line hands them to nobody."""
+    folder = few_root / "weave" / "test" / "hole"
+    trainer = command("predict", "--data", folder, "--ckpt_path", checkpoint, with_data=False).engine.trainer
+    assert not trainer.predict_loop.return_predictions
+    assert trainer.predict_loop.predictions == []
+    assert "001.png" in (Path(trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
 
 
 def test_export_writes_a_torch_model(command: Command, checkpoint: Path, tmp_path: Path) -> None:

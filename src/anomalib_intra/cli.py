@@ -36,6 +36,9 @@ from anomalib_intra.yardsticks import yardsticks
 #: Exit code of a command that was given too little time, and goes on in the next call.
 _MORE_TO_DO = 75
 
+#: How anomalib begins where it takes no path with other letters than ASCII, or a long one.
+_REFUSED_PATHS = ("Path contains non-printable characters", "Path is too long")
+
 
 def main() -> None:
     """Run one of our own commands, or hand all arguments over to anomalib's command line.
@@ -64,7 +67,8 @@ def main() -> None:
     else:
         configure_logger()
         print_each_line_once()
-        AnomalibCLI(arguments)
+        with _showing_a_way_around_paths():
+            AnomalibCLI(arguments)
 
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
@@ -228,6 +232,22 @@ def _refusing(name: str) -> Iterator[None]:
         yield
     except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
         sys.stderr.write(f"{name}: {error}\n")
+        sys.exit(2)
+
+
+@contextmanager
+def _showing_a_way_around_paths() -> Iterator[None]:
+    """Add what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith(_REFUSED_PATHS):
+            raise
+        sys.stderr.write(
+            f"anomalib-intra: {error}. Rename the folder, or make a link to it whose path has at most 512 ASCII "
+            "characters, and give whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad "
+            "to train, --data /LINK/new to predict.\n"
+        )
         sys.exit(2)
 
 

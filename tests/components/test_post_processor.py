@@ -248,6 +248,25 @@ def test_thresholds_of_normal_images_are_quantiles() -> None:
     assert float(post_processor.pixel_threshold) == pytest.approx(np.quantile(maps.numpy(), 0.9), rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        ([0] * 19, "by only 19 normal images: about one good part in 20, or more, will be called anomalous. Hold out"),
+        ([0], "by only 1 normal image: about one good part in 2,"),
+        ([0] * 20, ""),
+        ([0, 0, 1], ""),  # anomalies decide
+    ],
+)
+def test_a_threshold_of_few_images_says_what_it_is_worth(
+    labels: list[int], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    post_processor = calibrated()
+    post_processor.observe(batch_of(len(labels), labels))
+    post_processor.set_thresholds()
+    assert len(caplog.messages) == bool(said)
+    assert said in caplog.text
+
+
 @pytest.mark.parametrize(("level", "decides"), [(-20.0, "even odds"), (4.0, "quantile")])
 def test_of_logits_no_pixel_is_anomalous_that_is_more_likely_normal(level: float, decides: str) -> None:
     post_processor = InTraPostProcessor(deviation="half", enable_normalization=False, pixel_quantile=0.9)

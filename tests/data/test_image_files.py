@@ -17,12 +17,14 @@ from anomalib.data.utils import read_image
 from lightning.pytorch import seed_everything
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from torch.utils.data import DataLoader, Subset
+from torchvision.transforms.v2 import CenterCrop
 
-from anomalib_intra import InTra, MVTec, TextureDemo
+from anomalib_intra import InTra, MVTec, TextureDemo, cli
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.data.image_files import check_image_files, masks_of_files
 
 from ..conftest import tiny_engine, tiny_intra
+from ..readme import blocks_of
 
 
 def picture(height: int = 64, width: int = 64, seed: int = 0) -> Image.Image:
@@ -171,6 +173,37 @@ def test_16_bits_per_colour_are_read_by_their_upper_8(tmp_path: Path) -> None:
     assert np.abs(read_image(tmp_path / "colour.png") - values / 65535).max() < 1 / 255
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+@pytest.mark.parametrize(("white", "is_dark"), [(4095, True), (65535, False)])
+def test_12_bits_in_16_per_colour_are_called_dark(
+    tmp_path: Path, suffix: str, white: int, is_dark: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = np.repeat(RAMP[..., None] * white / 65535, 3, axis=2).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / f"deep{suffix}"), values)
+    picture().save(tmp_path / "plain.png")
+    check(tmp_path)
+    said = f"1 of 2 images have 16 bits per colour, of which the upper 8 are read, and of {tmp_path / f'deep{suffix}'}"
+    assert (f"{said} the brightest is then 15 of 255" in caplog.text) == is_dark
+    assert len(caplog.messages) == is_dark
+
+
+def test_what_the_guide_does_with_16_bits_of_grey_keeps_their_order(tmp_path: Path) -> None:
+    """By one white level for all images, which is what a dark one needs to stay dark."""
+    page = (Path(__file__).parents[2] / "docs/guide/input.md").read_text(encoding="utf-8")
+    (program,) = [block for language, block in blocks_of(page) if language == "python"]
+    (tmp_path / "raw").mkdir()
+    Image.fromarray((RAMP * 4095 / 65535).astype(np.uint16)).save(tmp_path / "raw/bright.png")
+    Image.fromarray((RAMP * 2047 / 65535).astype(np.uint16)).save(tmp_path / "raw/dark.png")
+    for given, here in {"raw": tmp_path / "raw", "my_parts/good": tmp_path / "good"}.items():
+        assert f'"{given}"' in program
+        program = program.replace(f'"{given}"', repr(str(here)))
+    exec(program, {})
+    check(tmp_path / "good")
+    for name, brightest in {"bright": 1.0, "dark": 0.5}.items():
+        expected = RAMP / 65535 * brightest
+        assert np.abs(read_image(tmp_path / f"good/{name}.png")[..., 0] - expected).max() < 1 / 255
+
+
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
 def test_other_colours_are_turned_into_rgb(
     model: InTra, tmp_path: Path, mode: str, caplog: pytest.LogCaptureFixture
@@ -233,7 +266,83 @@ def test_orientation_of_tiff_files_is_followed_by_pil_without_a_warning(
     assert "EXIF" not in caplog.text
 
 
+# ---- files of which only a part is read, or nothing ------------------------------------------------------------------
+
+
+def test_pages_of_a_tiff_after_the_first_are_missed_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    picture().save(tmp_path / "one.tiff")
+    check(tmp_path)
+    assert not caplog.messages
+    picture().save(tmp_path / "three.tiff", save_all=True, append_images=[picture(seed=1), picture(seed=2)])
+    check(tmp_path)
+    (warning,) = caplog.messages
+    assert re.match(r"1 of 2 images have several pages, such as .*three\.tiff: only the first is read", warning)
+
+
+def test_channels_of_a_tiff_that_are_not_read_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture().save(tmp_path / "three.tiff")
+    Image.new("L", (64, 64)).save(tmp_path / "one.tiff")
+    check(tmp_path)
+    assert not caplog.messages
+    rgbx = np.dstack([np.array(picture()), np.full((64, 64), 9, np.uint8)])
+    Image.fromarray(rgbx, "RGBX").save(tmp_path / "four.tiff")
+    check(tmp_path)
+    (warning,) = caplog.messages
+    assert re.match(r"1 of 3 images have channels that are not read, such as .*four\.tiff", warning)
+
+
+def test_image_files_that_anomalib_passes_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(2):
+        picture(seed=number).save(tmp_path / f"{number}.png")
+    (tmp_path / "notes.txt").touch()
+    check(tmp_path)
+    assert not caplog.messages
+    for name in ("2.jfif", "3.GIF"):
+        (tmp_path / name).touch()
+    check(tmp_path)
+    (warning,) = caplog.messages
+    assert re.match(r"2 files beside the images are passed over, such as .*2\.jfif: .*Save them as PNG", warning)
+
+
 # ---- sizes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([(64, 64), (64, 70)], None),
+        (
+            [(64, 64), (128, 128), (64, 72)],
+            r"Images differ in shape, such as .*0\.png \(64 x 64 .* and .*2\.png \(64 x 72\): ",
+        ),
+        ([(64, 96)], None),
+        ([(64, 100)], r"Images of 64 x 100 pixels .* are squeezed to 64 x 64.* --model\.image_size '\[128, 1024\]'"),
+        ([(100, 64)], r"Images of 100 x 64 pixels"),
+    ],
+    ids=str,
+)
+def test_shapes_that_are_squeezed_are_named(
+    model: InTra, tmp_path: Path, sizes: list[tuple[int, int]], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, size in enumerate(sizes):
+        picture(*size).save(tmp_path / f"{number}.png")
+    tiny_engine(tmp_path / "r").predict(model, data_path=tmp_path)
+    of_shapes = [message for message in caplog.messages if "squeezed" in message]
+    assert len(of_shapes) == bool(said)
+    assert not said or re.match(said, of_shapes[0])
+
+
+def test_shapes_that_the_datamodule_crops_are_not_spoken_of(
+    model: InTra, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number, width in enumerate((64, 200)):
+        picture(64, width).save(tmp_path / f"{number}.png")
+    dataset = PredictDataset(tmp_path, transform=CenterCrop(64))
+    loader = DataLoader(dataset, collate_fn=dataset.collate_fn)
+    tiny_engine(tmp_path / "r").predict(model, dataloaders=loader)
+    assert "squeezed" not in caplog.text
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 1), (1, 100), (1, 1)])
@@ -374,12 +483,47 @@ def test_prediction_from_odd_paths_is_refused_by_anomalib_and_works_from_within(
     predict(model, Path(), tmp_path / "r")
 
 
+def test_folders_at_odd_paths_are_refused_and_work_by_whole_paths_through_a_link(
+    model: InTra, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "Prüfung").mkdir()
+    for kind in ("good", "bad"):
+        (tmp_path / "Prüfung" / kind).mkdir()
+        for number in range(10):
+            picture(seed=number).save(tmp_path / "Prüfung" / kind / f"{number}.png")
+    link = tmp_path / "parts"
+    link.symlink_to(tmp_path / "Prüfung")
+    whole = [f"--data.{name}_dir={link / kind}" for name, kind in {"normal": "good", "abnormal": "bad"}.items()]
+    small = ("image_size=[64,64]", "embed_dim=32", "depth=1", "num_heads=2", "minutes=0.001", "visualizer=false")
+    words = ["train", "--config", "own_images", *(f"--model.{one}" for one in small), "--data.num_workers=0"]
+    results = [
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        f"--default_root_dir={tmp_path / 'r'}",
+    ]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, *results, "--data.root", str(link)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert re.match(
+        r"anomalib-intra: Path contains non-printable .*/Prüfung/\w+\. .*--data\.normal_dir /LINK/good", said
+    )
+
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, *results, *whole])
+    cli.main()
+    assert list((tmp_path / "r").rglob("model.ckpt"))
+    assert len(tiny_engine(tmp_path / "p").predict(model, data_path=link / "good")) == 10
+
+
 # ---- where it is looked ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("call", ["fit", "validate", "test", "predict"])
-def test_every_run_refuses_the_files_it_would_read(model: InTra, tmp_path: Path, call: str, split: str) -> None:
+def test_every_run_refuses_the_files_it_would_read(
+    model: InTra, tmp_path: Path, call: str, split: str, caplog: pytest.LogCaptureFixture
+) -> None:
     datamodule = TextureDemo(tmp_path / "demo", num_workers=0, val_split_mode="from_train")
     datamodule.prepare_data()
     Image.fromarray(RAMP.astype(np.uint16)).save(tmp_path / "demo/weave" / split / "good/000.png")
@@ -395,6 +539,10 @@ def test_every_run_refuses_the_files_it_would_read(model: InTra, tmp_path: Path,
             run(subject, datamodule=datamodule)
     else:
         run(subject, datamodule=datamodule)
+    # A training cannot know whether a test will follow; it says what that would refuse.
+    warned = [message for message in caplog.messages if "the test will refuse them" in message]
+    assert len(warned) == (call == "fit" and split == "test")
+    assert all(re.match(r"1 of 52 test images cannot be used: .*000\.png has values of more", one) for one in warned)
 
 
 def test_only_the_images_of_a_subset_are_looked_at(tmp_path: Path) -> None:

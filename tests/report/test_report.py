@@ -229,11 +229,40 @@ def test_report_of_normal_images_alone_and_without_a_threshold(trained: Run, dem
     assert "scored anomalous images" not in page.words
 
 
-def rendered(*images: Scored, threshold: float | None = 0.5, losses: tuple = (), settings: dict | None = None) -> Page:
+def rendered(
+    *images: Scored,
+    threshold: float | None = 0.5,
+    metrics: dict | None = None,
+    losses: tuple = (),
+    settings: dict | None = None,
+) -> Page:
     record = TestRecord(cases=2)
     for image in images:
         record.add(image, lambda: {"Image": Image.new("RGB", (8, 8))})
-    return Page(render(record, "InTra", DAY, threshold, {}, losses, settings or {}))
+    return Page(render(record, "InTra", DAY, threshold, metrics or {}, losses, settings or {}))
+
+
+@pytest.mark.parametrize(
+    ("anomalous", "said", "shown"),
+    [
+        (False, "no anomalous images, so there is no Image AUROC, no Image F1, no Pixel AUROC:", {"dB 30.1"}),
+        (True, "no normal images, so there is no Image AUROC, no Image F1:", {"dB 30.1", "Pixel AUROC 0.000"}),
+    ],
+)
+def test_metrics_that_compare_both_kinds_are_left_out_of_a_report_of_one(
+    anomalous: bool, said: str, shown: set[str]
+) -> None:
+    """Torchmetrics says 0 of them, as if the model had failed."""
+    metrics = {"image_AUROC": 0.0, "image_F1Score": 0.0, "pixel_AUROC": 0.0, "good_PSNR": 30.1}
+    one, other = Scored("a/0.png", 0.1, anomalous, False), Scored("b/0.png", 0.2, not anomalous, False)
+    words = rendered(one, metrics=metrics).words
+    assert said in words
+    assert {
+        figure for figure in ("Image AUROC 0", "Image F1 0", "Pixel AUROC 0.000", "dB 30.1") if figure in words
+    } == shown
+    both = rendered(one, other, metrics=metrics).words
+    assert "Image AUROC 0.000" in both
+    assert "so there is no" not in both
 
 
 def test_names_and_settings_of_strangers_stay_text() -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """No run writes into the files of another, and none takes up what another left in a model."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from anomalib.engine import Engine
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from anomalib_intra import InTra, PatchSVDD, TextureDemo
+from anomalib_intra.report import RunReport
 
 from ..conftest import tiny_engine, tiny_intra
 
@@ -180,6 +182,31 @@ def test_the_runs_own_model_is_tested_in_its_folder_however_it_is_loaded(
     engine.test(tiny_intra(), datamodule=datamodule, ckpt_path=best)
     assert not (tmp_path / "InTra" / RUN / "other_models").exists()
     assert "not the model" not in caplog.text
+
+
+@pytest.mark.parametrize("by_path", [True, False])
+def test_a_checkpoint_from_elsewhere_is_not_tested_into_the_latest_run(
+    trained: tuple, tmp_path: Path, by_path: bool
+) -> None:
+    """There anomalib tests: the report of the latest training would be that of another model."""
+    engine, _, datamodule = trained
+    elsewhere = tmp_path / "may.ckpt"
+    shutil.copy(engine.best_model_path, elsewhere)
+    before, run = contents(tmp_path), tmp_path / "InTra" / RUN
+
+    def tested(checkpoint: str | Path) -> None:
+        engine = tiny_engine(tmp_path, logger=False, callbacks=[RunReport()])
+        if by_path:
+            engine.test(tiny_intra(), datamodule=datamodule, ckpt_path=checkpoint)
+        else:
+            engine.test(InTra.load_from_checkpoint(checkpoint), datamodule=datamodule)
+
+    tested(elsewhere)
+    assert {path: content for path, content in contents(tmp_path).items() if path in before} == before
+    assert not (run / "report.html").exists()
+    assert (run / "other_models/InTra_0/report.html").is_file()
+    tested(engine.best_model_path)
+    assert (run / "report.html").is_file()
 
 
 def test_models_of_several_kinds_are_tested_by_one_engine_as_each_by_its_own(trained: tuple, tmp_path: Path) -> None:

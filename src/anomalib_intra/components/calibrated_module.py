@@ -23,11 +23,12 @@ from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
-from anomalib_intra.data.image_files import check_image_files
+from anomalib_intra.data.image_files import check_image_files, warn_of_test_images
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
 from anomalib_intra.data.pipeline import datasets_of, described, parts_of, refuse_random, transform_of
 from anomalib_intra.data.samples import Prepared
+from anomalib_intra.training.command_line import command_line
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that this model cannot work with.
+        """Refuse a precision that this model cannot work with; say before a training what its test would refuse.
 
         Args:
             stage (str): Lightning's name of what begins.
@@ -182,6 +183,8 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
                 f"need float32 beside it. Take {', '.join(_PRECISIONS[:-1])} or {_PRECISIONS[-1]}."
             )
             raise ValueError(msg)
+        if stage == "fit" and self.trainer.is_global_zero:
+            warn_of_test_images(getattr(self.trainer.datamodule, "test_data", None))  # type: ignore[attr-defined]
 
     def on_validation_start(self) -> None:
         """Make sure that images and model are fit for validation outside training."""
@@ -193,11 +196,14 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         self._ensure_fit(self.trainer.test_dataloaders)
 
     def on_predict_start(self) -> None:
-        """Make sure that images and model are fit for prediction."""
+        """Make sure that images and model are fit for prediction, and that it keeps nothing which nobody can take."""
+        if commanded := command_line(self):
+            # Lightning would keep all predictions to return them, megabytes an image; a command line returns none.
+            self.trainer.predict_loop.return_predictions = bool(commanded.get("return_predictions"))
         self._ensure_fit(self.trainer.predict_dataloaders)
 
     def _ensure_fit(self, loaders: Any) -> None:
-        check_image_files(loaders)
+        self._check_files(loaders)
         for dataset in datasets_of(loaders):
             refuse_random(transform_of(dataset), "What the datamodule does to test images")
         self._ensure_calibrated()
@@ -308,7 +314,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             if loader is not None and not isinstance(loader, DataLoader):
                 msg = f"{self.name} takes one DataLoader for training and one for validation, not {type(loader)}."
                 raise TypeError(msg)
-        check_image_files([train_loader, val_loader])
+        self._check_files([train_loader, val_loader])
         return NormalImages.of(
             train_loader,
             val_loader,
@@ -338,6 +344,11 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         self._check_images(images)
         paths = batch.image_path or ["an image without a path"] * len(normal)
         return Prepared(images[normal], [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
+
+    def _check_files(self, loaders: Any) -> None:
+        own = parts_of(getattr(self.pre_processor, "transform", None))
+        only_resized = [type(part) for part in own] == [Resize] and not any(map(self._described, datasets_of(loaders)))
+        check_image_files(loaders, self.image_size if only_resized else None)
 
     def _check_images(self, images: torch.Tensor) -> None:
         self._check_shape(images)

@@ -21,6 +21,9 @@ from anomalib_intra.training.processes import gathered
 
 logger = logging.getLogger(__name__)
 
+#: Normal images from which a threshold is hardly more than a guess.
+_FEW = 20
+
 # Normalization takes smaller thresholds as this one (decisions do not): zero, of constant images, would divide by zero,
 # and far below it float64 no longer tells scores near 1 apart.
 _SMALLEST_THRESHOLD = 1e-7
@@ -184,6 +187,14 @@ class UnsaturatedPostProcessor(PostProcessor):
                 threshold.copy_(metric.compute())
                 metric.reset()
             elif len(normal):
+                if observed is self._images and len(normal) < _FEW:
+                    logger.warning(
+                        "The image threshold is set by only %d normal image%s: about one good part in %d, or more, "
+                        "will be called anomalous. Hold out more, such as with val_split_ratio of a Folder.",
+                        len(normal),
+                        "s" * (len(normal) > 1),
+                        len(normal) + 1,
+                    )
                 # NumPy, since torch.quantile takes no more than 16 million values.
                 threshold.fill_(max(smallest, float(np.quantile(normal.cpu().numpy(), quantile))))
         self._forget()

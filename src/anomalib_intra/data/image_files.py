@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.data.utils import LabelName, read_mask
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 from torch.utils.data import Subset
 
 logger = logging.getLogger(__name__)
@@ -18,10 +19,32 @@ logger = logging.getLogger(__name__)
 #: Unusable files that an error names.
 _NAMED = 5
 
+#: What is read otherwise than it may be meant, and what to do about it.
+_ODDITIES = {
+    "alpha": "have an alpha channel, such as %s: it is ignored, so transparent pixels show the colour that is stored "
+    "under them.",
+    "turned": "have an EXIF orientation, such as %s: it is ignored, so they are read as stored. If not all images of "
+    "this part are stored alike, turn them with PIL.ImageOps.exif_transpose first.",
+    "pages": "have several pages, such as %s: only the first is read. Save each page that counts as a file of its own.",
+    "channels": "have channels that are not read, such as %s: only grey, or red, green and blue are. Save what else "
+    "counts as an image of its own.",
+}
+
+#: Endings of images that anomalib passes over.
+_PASSED_OVER = (".jfif", ".jpe", ".jp2", ".gif", ".heic", ".avif", ".tga", ".dng")
+
+#: Below this value of 255, an image of 16 bits per colour is taken for one of fewer bits.
+_DARK = 64
+
+#: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
+_SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
+
+_TAG_OF_CHANNELS = 277
+
 _END_OF_JPEG = b"\xff\xd9"
 
 
-def check_image_files(loaders: Any) -> None:
+def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -> None:
     """Refuse the files of a run if some cannot be read, or would not be read as they are meant.
 
     anomalib reads images as 8-bit RGB, with the pixels as they are stored. Therefore
@@ -32,7 +55,10 @@ def check_image_files(loaders: Any) -> None:
     - masks of another size than their image are refused: resized with it, they would lie beside the anomaly;
     - an alpha channel is ignored, with a warning: often it is opaque, and the colours are what the camera saw;
     - an EXIF orientation is ignored, with a warning. Images that are all stored alike are right as they are, and
-      exported models read them the same way; only images that are not would have to be turned.
+      exported models read them the same way; only images that are not would have to be turned;
+    - a warning tells of TIFF files of which only a part is read, of image files of other kinds beside those that are
+      read, and of 16 bits per colour that are nearly black when read;
+    - a warning tells of shapes that are squeezed to another.
 
     Headers and checksums are read, about 1 ms a file; only formats without either (and JPEG files with something behind
     their end) are decoded.
@@ -40,6 +66,8 @@ def check_image_files(loaders: Any) -> None:
     Args:
         loaders (Any): A DataLoader, or several, of an anomalib dataset, a PredictDataset or a Subset of one. Others
             are not looked at.
+        resized_to (tuple[int, int] | None): Height and width to which whole images are resized; None where something
+            else is done to them.
 
     Raises:
         ValueError: If there are unusable files.
@@ -56,38 +84,31 @@ def check_image_files(loaders: Any) -> None:
     """
     loaders = loaders if isinstance(loaders, list) else [loaders]
     files = [file for loader in loaders for file in _files_of(getattr(loader, "dataset", None))]
-    problems, with_alpha, turned = [], [], []
-    for image_path, mask_paths in files:
-        try:
-            image = _look_at(image_path)
-            _check_depth(image)
-            _check_masks(image, mask_paths)
-        except _UnusableFileError as problem:
-            problems.append(str(problem))
-            continue
-        if image.has_alpha:
-            with_alpha.append(image_path)
-        if image.orientation != 1:
-            turned.append(image_path)
+    looks, problems = _look_at_all(files)
     if problems:
-        end = "; ..." if len(problems) > _NAMED else "."
-        msg = f"{len(problems)} of {len(files)} image files cannot be used: {'; '.join(problems[:_NAMED])}{end}"
-        raise ValueError(msg)
-    if with_alpha:
+        raise ValueError(_in_one_sentence(problems, len(files), "image files"))
+    for oddity, words in _ODDITIES.items():
+        odd = [look.path for look in looks if oddity in look.oddities]
+        if odd:
+            logger.warning(f"%d of %d images {words}", len(odd), len(files), odd[0])
+    _warn_of_dark_depths(looks)
+    _warn_of_files_passed_over(looks)
+    if resized_to is not None:
+        _warn_of_shapes(looks, *resized_to)
+
+
+def warn_of_test_images(dataset: Any) -> None:
+    """Say when a training begins what the test after it would refuse, hours later.
+
+    Args:
+        dataset (Any): Images of the test.
+    """
+    files = list(_files_of(dataset))
+    _, problems = _look_at_all(files)
+    if problems:
         logger.warning(
-            "%d of %d images have an alpha channel, such as %s: it is ignored, so transparent pixels show the colour "
-            "that is stored under them.",
-            len(with_alpha),
-            len(files),
-            with_alpha[0],
-        )
-    if turned:
-        logger.warning(
-            "%d of %d images have an EXIF orientation, such as %s: it is ignored, so they are read as stored. If not "
-            "all images of this part are stored alike, turn them with PIL.ImageOps.exif_transpose first.",
-            len(turned),
-            len(files),
-            turned[0],
+            "%s Mend this before the training ends: the test will refuse them.",
+            _in_one_sentence(problems, len(files), "test images"),
         )
 
 
@@ -174,8 +195,13 @@ class _Look(NamedTuple):
     path: str
     size: tuple[int, int]
     mode: str
-    has_alpha: bool
-    orientation: int
+    is_deep: bool
+    oddities: set[str]
+
+    @property
+    def shape(self) -> float:
+        """Width by height."""
+        return self.size[0] / self.size[1]
 
 
 def _files_of(dataset: Any) -> Iterator[tuple[str, list[str]]]:
@@ -191,13 +217,33 @@ def _files_of(dataset: Any) -> Iterator[tuple[str, list[str]]]:
             yield sample["image_path"], mask_files(sample.get("mask_path")) if anomalous else []
 
 
+def _look_at_all(files: list[tuple[str, list[str]]]) -> tuple[list[_Look], list[str]]:
+    looks, problems = [], []
+    for image_path, mask_paths in files:
+        try:
+            look = _look_at(image_path)
+            _check_depth(look)
+            _check_masks(look, mask_paths)
+        except _UnusableFileError as problem:
+            problems.append(str(problem))
+        else:
+            looks.append(look)
+    return looks, problems
+
+
+def _in_one_sentence(problems: list[str], count: int, what: str) -> str:
+    end = "; ..." if len(problems) > _NAMED else "."
+    return f"{len(problems)} of {count} {what} cannot be used: {'; '.join(problems[:_NAMED])}{end}"
+
+
 def _look_at(path: str) -> _Look:
     try:
         if Path(path).stat().st_size == 0:
             msg = f"{path} is empty: copy it again, or delete it"
             raise _UnusableFileError(msg)
         with Image.open(path) as image:
-            look = _Look(path, image.size, image.mode, image.has_transparency_data, _orientation(image))
+            is_deep = image.format in ("PNG", "TIFF") and ";16" in str(image.tile)
+            look = _Look(path, image.size, image.mode, is_deep, set(_oddities(image)))
             _check_whole(path, image)
     except _UnusableFileError:
         raise
@@ -208,6 +254,18 @@ def _look_at(path: str) -> _Look:
         msg = f"{path} is damaged or no image ({error}): copy it again, or delete it"
         raise _UnusableFileError(msg) from error
     return look
+
+
+def _oddities(image: Image.Image) -> Iterator[str]:
+    if image.has_transparency_data:
+        yield "alpha"
+    if _orientation(image) != 1:
+        yield "turned"
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if image.n_frames > 1:
+            yield "pages"
+        if image.tag_v2.get(_TAG_OF_CHANNELS, 1) > len(image.getbands()):
+            yield "channels"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -234,9 +292,64 @@ def _check_depth(image: _Look) -> None:
     if image.mode.startswith(("I", "F")):
         msg = (
             f"{image.path} has values of more than 8 bits (mode {image.mode}), which would be clipped to 0 to 255, "
-            "mostly to white: scale them to 8 bits"
+            "mostly to white: scale them to 8 bits, all by one white level, as the guide on input shows; convert('L') "
+            "would clip them, too"
         )
         raise _UnusableFileError(msg)
+
+
+def _warn_of_dark_depths(looks: list[_Look]) -> None:
+    deep = [look.path for look in looks if look.is_deep]
+    if not deep:
+        return
+    with Image.open(deep[0]) as image:  # one tells of all: decoding takes long
+        brightest = np.asarray(image.convert("RGB")).max()
+    if brightest < _DARK:
+        logger.warning(
+            "%d of %d images have 16 bits per colour, of which the upper 8 are read, and of %s the brightest is then "
+            "%d of 255. If the camera has fewer bits, scale all images to 8 bits by one white level.",
+            len(deep),
+            len(looks),
+            deep[0],
+            brightest,
+        )
+
+
+def _warn_of_files_passed_over(looks: list[_Look]) -> None:
+    folders = {Path(look.path).parent for look in looks} if len(looks) > 1 else set()
+    passed_over = sorted(str(x) for folder in folders for x in folder.iterdir() if x.suffix.lower() in _PASSED_OVER)
+    if passed_over:
+        logger.warning(
+            "%d files beside the images are passed over, such as %s: anomalib does not read such. Save them as PNG.",
+            len(passed_over),
+            passed_over[0],
+        )
+
+
+def _warn_of_shapes(looks: list[_Look], height: int, width: int) -> None:
+    if not looks:
+        return
+    by_shape = sorted(looks, key=lambda look: look.shape)
+    tallest, widest = by_shape[0], by_shape[-1]
+    if widest.shape > _SHAPES_DIFFER * tallest.shape:
+        logger.warning(
+            "Images differ in shape, such as %s (%d x %d pixels, height x width) and %s (%d x %d): each is squeezed to "
+            "%d x %d, so that equal parts look different. Crop or pad all to one shape.",
+            *(value for look in (tallest, widest) for value in (look.path, *look.size[::-1])),
+            height,
+            width,
+        )
+        return
+    differ = tallest.shape * height / width
+    if max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
+        logger.warning(
+            "Images of %d x %d pixels (height x width) are squeezed to %d x %d, in which small defects may be lost. "
+            "Train with a size of about their shape, in multiples of the patch size, such as --model.image_size "
+            "'[128, 1024]' for wide ones.",
+            *tallest.size[::-1],
+            height,
+            width,
+        )
 
 
 def _check_masks(image: _Look, mask_paths: list[str]) -> None:

@@ -28,7 +28,7 @@ class OneRun(Callback):
     run, and would write over its checkpoints.
 
     A run that was stopped may go on in its own trainer, and from its own checkpoints. Pictures and report of another
-    model that is tested in this trainer go to a folder of their own.
+    model that is tested in this trainer, or in the folder of this run, go to a folder of their own.
     """
 
     def __init__(self) -> None:
@@ -98,7 +98,10 @@ class OneRun(Callback):
         """Leave the folder of the run to its own model."""
         trained = self._model()
         loaded_from = trainer.ckpt_path or getattr(pl_module, "loaded_from", None)
-        if trained is None or trained is pl_module or _is_in(loaded_from, _folders_of(trainer)):
+        if trained is pl_module or _is_in(loaded_from, _folders_of(trainer)):
+            return
+        # anomalib tests where the latest training was, also a checkpoint that comes from elsewhere.
+        if trained is None and not (loaded_from and _holds_a_run(trainer)):
             return
         self._folder = Path(trainer.default_root_dir)
         others = self._folder / "other_models"
@@ -106,7 +109,8 @@ class OneRun(Callback):
         set_run_folder(trainer, Path(trainer.strategy.broadcast(str(others / f"{type(pl_module).__name__}_{number}"))))
         Path(trainer.default_root_dir).mkdir(parents=True, exist_ok=True)
         logger.warning(
-            "The trainer has trained another model: its pictures and report go to %s; those of the run stay.",
+            "%s is the folder of another training: pictures and report go to %s; those of the run stay.",
+            self._folder,
             trainer.default_root_dir,
         )
 
@@ -126,11 +130,10 @@ class OneRun(Callback):
         if self._has_trained:
             self._refuse_second(module, _data_of(trainer))
             return
-        engines = (Path(trainer.default_root_dir) / "weights" / "lightning").resolve()
-        if engines in folders and any(engines.glob("*.ckpt")):
+        if _holds_a_run(trainer):
             msg = (
-                f"There are checkpoints of another run in {engines}, where this trainer stands since it tested or "
-                f"predicted: {_NEW_ENGINE}."
+                f"There are checkpoints of another run in {_checkpoints_of(trainer)}, where this trainer stands since "
+                f"it tested or predicted: {_NEW_ENGINE}."
             )
             raise RuntimeError(msg)
 
@@ -146,6 +149,15 @@ class OneRun(Callback):
 def _folders_of(trainer: Trainer) -> list[Path]:
     given = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
     return [Path(folder).resolve() for folder in given if folder]
+
+
+def _checkpoints_of(trainer: Trainer) -> Path:
+    return (Path(trainer.default_root_dir) / "weights" / "lightning").resolve()
+
+
+def _holds_a_run(trainer: Trainer) -> bool:
+    folder = _checkpoints_of(trainer)
+    return folder in _folders_of(trainer) and any(folder.glob("*.ckpt"))
 
 
 def _is_in(checkpoint: Any, folders: list[Path]) -> bool:
