@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.callbacks import ModelCheckpoint as EnginesModelCheckpoint
 from anomalib.data import AnomalibDataModule, Folder, MVTecAD
 from anomalib.metrics import AUPRO, AUROC, PRO, Evaluator, F1Score, PBn, PGn
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -208,6 +209,18 @@ def test_the_last_weights_are_kept_where_they_were_not_validated(
     assert loaded.is_calibrated
 
 
+@pytest.mark.parametrize(("most", "names"), [(-1, ["epoch=1.ckpt", "epoch=2.ckpt"]), (1, ["epoch=2.ckpt"])])
+def test_the_last_weights_are_kept_under_the_name_of_their_epoch(
+    most: int, names: list[str], demo: MVTecAD, tmp_path: Path
+) -> None:
+    own = EnginesModelCheckpoint(tmp_path / "mine", filename="{epoch}", every_n_epochs=2, save_top_k=most)
+    tiny_engine(tmp_path, max_epochs=3, callbacks=[own], logger=False).fit(model := build("InTra"), datamodule=demo)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == names
+    loaded = InTra.load_from_checkpoint(tmp_path / "mine/epoch=2.ckpt")
+    assert torch.equal(weights_of(loaded), weights_of(model))
+    assert loaded.is_calibrated
+
+
 def test_waiting_for_a_validation_loss_that_never_comes_is_refused(demo: MVTecAD, tmp_path: Path) -> None:
     engine = tiny_engine(tmp_path, limit_val_batches=0, callbacks=[EarlyStopping("val_loss")])
     with pytest.raises(ValueError, match=r"monitors val_loss, .*nothing is validated"):
@@ -248,7 +261,9 @@ def weights_of(model: TrainedModule) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"save_top_k": 2}, {"save_weights_only": True}, {"filename": "{epoch}"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"save_top_k": 2}, {"save_weights_only": True}, {"filename": "{epoch}"}, {"filename": "best/model"}]
+)
 def test_lightnings_own_checkpoint_of_the_best_epoch_is_calibrated_and_tested(
     kind: str, options: dict, demo: MVTecAD, tmp_path: Path
 ) -> None:

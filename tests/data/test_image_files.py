@@ -187,19 +187,21 @@ def test_12_bits_in_16_per_colour_are_called_dark(
     assert len(caplog.messages) == is_dark
 
 
-def test_what_the_guide_does_with_16_bits_of_grey_keeps_their_order(tmp_path: Path) -> None:
+def test_what_the_guide_does_with_16_bits_keeps_their_order(tmp_path: Path) -> None:
     """By one white level for all images, which is what a dark one needs to stay dark."""
     page = (Path(__file__).parents[2] / "docs/guide/input.md").read_text(encoding="utf-8")
     (program,) = [block for language, block in blocks_of(page) if language == "python"]
     (tmp_path / "raw").mkdir()
     Image.fromarray((RAMP * 4095 / 65535).astype(np.uint16)).save(tmp_path / "raw/bright.png")
     Image.fromarray((RAMP * 2047 / 65535).astype(np.uint16)).save(tmp_path / "raw/dark.png")
+    colour = np.stack([RAMP * 4095 / 65535, np.zeros_like(RAMP), np.zeros_like(RAMP)], axis=2).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / "raw/colour.png"), colour[..., ::-1])  # red alone
     for given, here in {"raw": tmp_path / "raw", "my_parts/good": tmp_path / "good"}.items():
         assert f'"{given}"' in program
         program = program.replace(f'"{given}"', repr(str(here)))
     exec(program, {})
     check(tmp_path / "good")
-    for name, brightest in {"bright": 1.0, "dark": 0.5}.items():
+    for name, brightest in {"bright": 1.0, "dark": 0.5, "colour": 1.0}.items():
         expected = RAMP / 65535 * brightest
         assert np.abs(read_image(tmp_path / f"good/{name}.png")[..., 0] - expected).max() < 1 / 255
 
@@ -297,6 +299,7 @@ def test_image_files_that_anomalib_passes_over_are_named(tmp_path: Path, caplog:
     for number in range(2):
         picture(seed=number).save(tmp_path / f"{number}.png")
     (tmp_path / "notes.txt").touch()
+    (tmp_path / "0.dng").touch()  # the same picture, as the camera keeps it beside
     check(tmp_path)
     assert not caplog.messages
     for name in ("2.jfif", "3.GIF"):

@@ -3,6 +3,7 @@
 
 import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,11 +134,24 @@ def test_a_step_takes_the_cells_of_one_size_and_other_sets_each_time(monkeypatch
     for process in range(2):
         torch.manual_seed(process)
         for step in range(16):
-            monkeypatch.setattr(RIAD, "global_step", step)
+            model._trainer = SimpleNamespace(fit_loop=SimpleNamespace(total_batch_idx=step))
             model.loss_of(samples)
     assert drawn[:16] == drawn[16:]  # whatever the global randomness of a process
     assert {cell_size for cell_size, _ in drawn} == {2, 4, 8, 16}
     assert len({sets for _, sets in drawn}) == 16
+
+
+def test_batches_of_one_step_hide_other_cells(
+    few: TextureDemo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds = []
+    batch_generator = RIAD.batch_generator
+    monkeypatch.setattr(
+        RIAD, "batch_generator", lambda self: seeds.append((one := batch_generator(self)).initial_seed()) or one
+    )
+    options = {"max_epochs": 2, "limit_train_batches": 4, "accumulate_grad_batches": 4, "limit_val_batches": 0}
+    tiny_engine(tmp_path, **options, logger=False).fit(tiny_riad(width=1), datamodule=few)
+    assert len(set(seeds)) == len(seeds) == 8
 
 
 def test_a_loss_is_that_of_images_inpainted_in_three_goes() -> None:
@@ -146,7 +160,7 @@ def test_a_loss_is_that_of_images_inpainted_in_three_goes() -> None:
     samples = sample_images(images, 1, torch.Generator().manual_seed(0), augment=False)
     model._sample_seed = 5
     loss = model.loss_of(samples)
-    generator = model.step_generator()
+    generator = model.batch_generator()
     torch.randint(1, (), generator=generator)  # the size of the cells
     sets = lightning_model.draw_sets((64, 64), 4, generator)
     torch.testing.assert_close(loss, RIADLoss()(images, model.model.inpaint(images, sets[None])[:, 0]))

@@ -184,6 +184,17 @@ def test_the_runs_own_model_is_tested_in_its_folder_however_it_is_loaded(
     assert "not the model" not in caplog.text
 
 
+def test_a_model_that_was_loaded_and_trained_on_is_tested_in_the_folder_of_that_training(
+    trained: tuple, tmp_path: Path
+) -> None:
+    engine, _, datamodule = trained
+    model = InTra.load_from_checkpoint(shutil.copy(engine.best_model_path, tmp_path / "may.ckpt"))
+    tiny_engine(tmp_path, logger=False).fit(model, datamodule=datamodule)
+    tested = tiny_engine(tmp_path, logger=False)
+    tested.test(model, datamodule=datamodule)
+    assert Path(tested.trainer.default_root_dir).resolve().name == "v1"
+
+
 @pytest.mark.parametrize("by_path", [True, False])
 def test_a_checkpoint_from_elsewhere_is_not_tested_into_the_latest_run(
     trained: tuple, tmp_path: Path, by_path: bool

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import Resize
 
 from anomalib_intra.components.batch import UnroundedBatch, is_normal
+from anomalib_intra.components.checkpoint_fit import HOW_TO_SET_THRESHOLDS
 from anomalib_intra.components.evaluator import patient
 from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
@@ -250,18 +251,14 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
 
     def _ensure_calibrated(self) -> None:
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
-        if self.is_calibrated and self.post_processor.has_thresholds:
-            return
-        if self.is_calibrated:
-            logger.warning(
-                "%s has no thresholds, without which scores are raw and nothing is called anomalous: the datamodule it "
-                "was trained on has the images to set them on.",
-                self.name,
-            )
-        if datamodule is None:
-            return  # the model says what else is missing
-        if not self.is_calibrated:
-            logger.warning("%s Computing it from the training images of %s.", self.not_calibrated, datamodule.name)
+        lacks_thresholds = self.is_calibrated and self.post_processor.lacks_thresholds
+        if datamodule is None and lacks_thresholds and self.trainer.state.fn != "validate":  # which sets them
+            msg = f"This {self.name} has no thresholds to call an image anomalous by. {HOW_TO_SET_THRESHOLDS}"
+            raise RuntimeError(msg)
+        if datamodule is None or (self.is_calibrated and not lacks_thresholds):
+            return  # without a datamodule, the model says what is missing
+        missing = "This checkpoint has no thresholds." if lacks_thresholds else self.not_calibrated
+        logger.warning("%s Computing it from the training images of %s, some held out.", missing, datamodule.name)
         val_loader = datamodule.val_dataloader() if has_validation_images(datamodule) else None
         self._calibrate(self._sort_out(datamodule.train_dataloader(), val_loader))
 

@@ -15,6 +15,14 @@ HOW_TO_CALIBRATE = (
     "model and the datamodule it was trained on to Engine.test, and go on with that same model: a test stores nothing."
 )
 
+#: The way out where it could, but calls nothing anomalous.
+HOW_TO_SET_THRESHOLDS = (
+    "Those of a checkpoint are left out if another image_quantile or pixel_quantile is given than it was calibrated "
+    "with, and none are set if no good image was held out: leave the quantiles out, or, in Python, give the model and "
+    "the datamodule it was trained on to Engine.test, and go on with that same model. enable_thresholding and "
+    "enable_normalization of the post-processor, both False, give raw scores."
+)
+
 
 def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Refuse weights of another architecture.

@@ -13,7 +13,7 @@ from anomalib.deploy import CompressionType
 from anomalib.models.components.base.export_mixin import ExportMixin
 from torchvision.transforms.v2.functional import resize
 
-from anomalib_intra.components.checkpoint_fit import HOW_TO_CALIBRATE
+from anomalib_intra.components.checkpoint_fit import HOW_TO_CALIBRATE, HOW_TO_SET_THRESHOLDS
 
 if TYPE_CHECKING:
     import openvino as ov
@@ -75,11 +75,14 @@ class CompleteExport(ExportMixin):
 
     def _refuse_uncalibrated(self) -> None:
         module: Any = self
-        if not (module.is_calibrated and module.post_processor.has_thresholds):
+        if not module.is_calibrated:
             msg = (
                 f"This {module.name} cannot score images yet, so it is not exported: it was never trained, or its "
                 f"training was cut off. {HOW_TO_CALIBRATE}"
             )
+            raise RuntimeError(msg)
+        if module.post_processor.lacks_thresholds:
+            msg = f"This {module.name} has no thresholds, so it is not exported. {HOW_TO_SET_THRESHOLDS}"
             raise RuntimeError(msg)
         if module.calibrated_through:
             logger.warning(

@@ -13,6 +13,7 @@ from anomalib.data import ImageBatch, InferenceBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_intra.components.arguments import asked, check_shares
 from anomalib_intra.components.batch import is_normal
@@ -140,9 +141,9 @@ class UnsaturatedPostProcessor(PostProcessor):
         self._forget()
 
     @property
-    def has_thresholds(self) -> bool:
-        """Whether the threshold of images was ever set."""
-        return not bool(self._image_threshold.isnan())
+    def lacks_thresholds(self) -> bool:
+        """Whether it is to decide or to normalize by thresholds that were never set."""
+        return (self.enable_thresholding or self.enable_normalization) and bool(self._image_threshold.isnan())
 
     def observe(self, batch: ImageBatch) -> None:
         """Collect raw scores and maps of images to set thresholds on.
@@ -188,9 +189,9 @@ class UnsaturatedPostProcessor(PostProcessor):
                 metric.reset()
             elif len(normal):
                 if observed is self._images and len(normal) < _FEW:
-                    logger.warning(
+                    rank_zero_only(logger.warning)(
                         "The image threshold is set by only %d normal image%s: about one good part in %d, or more, "
-                        "will be called anomalous. Hold out more, such as with val_split_ratio of a Folder.",
+                        "will be called anomalous. Hold out more good images to set it better.",
                         len(normal),
                         "s" * (len(normal) > 1),
                         len(normal) + 1,

@@ -260,14 +260,16 @@ class TrainedModule(CalibratedModule):
         shares += [share_of_time(timer, trainer) for timer in self._callbacks if isinstance(timer, Timer)]
         return min(1.0, max(shares))
 
-    def step_generator(self) -> torch.Generator:
-        """Give randomness that is another in each step, and the same in all processes, whose global one may differ.
+    def batch_generator(self) -> torch.Generator:
+        """Give randomness that is another for each batch, and the same in all processes, whose global one may differ.
 
         Returns:
             torch.Generator: A generator on the CPU.
         """
         assert self._sample_seed is not None
-        return torch.Generator().manual_seed(self._sample_seed * 1_000_003 + self.global_step)
+        trainer = trainer_of(self)
+        batch = 0 if trainer is None else trainer.fit_loop.total_batch_idx
+        return torch.Generator().manual_seed(self._sample_seed * 1_000_003 + batch)
 
     def log_train_loss(self, loss: torch.Tensor, count: int) -> None:
         """Log the loss of a step, and show it.
@@ -306,6 +308,7 @@ class TrainedModule(CalibratedModule):
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
+        self.loaded_from = best or None
         if isinstance(self.evaluator, SelectiveEvaluator):
             self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
@@ -316,18 +319,24 @@ class TrainedModule(CalibratedModule):
         load = partial(self.trainer.strategy.checkpoint_io.load_checkpoint, map_location="cpu")
         best = str(getattr(kept, "best_model_path", ""))
         # Only in the run's own folder: a checkpoint that was resumed from may name any other file.
-        if best and Path(best).is_file() and Path(best).parent == Path(getattr(kept, "dirpath", None) or ""):
+        is_own = Path(getattr(kept, "dirpath", None) or "") in Path(best).parents and Path(best).is_file()
+        if is_own:
             checkpoint = load(best)
             # One that monitors nothing is to keep the last weights, but saves only when images are validated.
             if kept.monitor is not None or checkpoint["global_step"] == self.trainer.global_step:
                 return best, checkpoint
         is_dry = self.trainer.fast_dev_run  # type: ignore[attr-defined]  # set by Lightning
-        if not isinstance(kept, ModelCheckpoint) or kept.save_top_k == 0 or is_dry:
+        if not isinstance(kept, ModelCheckpoint) or kept.save_top_k == 0 or is_dry or (kept.monitor and best):
             return "", {}
-        now = {"epoch": torch.tensor(self.trainer.current_epoch), "step": torch.tensor(self.trainer.global_step)}
-        kept.best_model_path = best = kept.format_checkpoint_name({**self.trainer.callback_metrics, **now})
-        self.trainer.save_checkpoint(best, kept.save_weights_only)
-        return best, load(best)
+        # The epoch that has just ended counts as one done already.
+        epoch = self.trainer.current_epoch - self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        now = {"epoch": torch.tensor(epoch), "step": torch.tensor(self.trainer.global_step)}
+        last = kept.format_checkpoint_name({**self.trainer.callback_metrics, **now})
+        self.trainer.save_checkpoint(last, kept.save_weights_only)
+        if is_own and kept.save_top_k == 1 and best != last:
+            self.trainer.strategy.remove_checkpoint(best)
+        kept.best_model_path = last
+        return last, load(last)
 
     def on_fit_end(self) -> None:
         """End a run that was stopped after its last epoch: resumed, it has nothing to train and skips that end."""

@@ -317,7 +317,9 @@ def _warn_of_dark_depths(looks: list[_Look]) -> None:
 
 def _warn_of_files_passed_over(looks: list[_Look]) -> None:
     folders = {Path(look.path).parent for look in looks} if len(looks) > 1 else set()
-    passed_over = sorted(str(x) for folder in folders for x in folder.iterdir() if x.suffix.lower() in _PASSED_OVER)
+    read = {Path(look.path).with_suffix("") for look in looks}  # (a camera's raw file may lie beside its JPEG)
+    beside = sorted(x for folder in folders for x in folder.iterdir() if x.with_suffix("") not in read)
+    passed_over = [x for x in beside if x.suffix.lower() in _PASSED_OVER]
     if passed_over:
         logger.warning(
             "%d files beside the images are passed over, such as %s: anomalib does not read such. Save them as PNG.",

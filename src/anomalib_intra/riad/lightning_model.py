@@ -140,7 +140,7 @@ class RIAD(ReconstructionModule):
             torch.Tensor: The loss, a scalar.
         """
         images = cut_images(batch)
-        generator = self.step_generator()
+        generator = self.batch_generator()
         cell_size = self.model.cell_sizes[int(torch.randint(len(self.model.cell_sizes), (), generator=generator))]
         sets = draw_sets(self.image_size, cell_size, generator).to(images.device)
         loss: torch.Tensor = self.loss(images, self.model.inpaint(images, sets[None])[:, 0])
