@@ -284,12 +284,15 @@ def test_thresholds_follow_quantiles_that_a_test_is_given_and_the_gaussian_stays
     assert [float(x) for x in found] == pytest.approx([float(x) for x in expected], rel=1e-4)
 
 
-def test_what_has_no_thresholds_says_so_and_is_not_exported(of_images: Run, few: TextureDemo, tmp_path: Path) -> None:
+def test_what_has_no_thresholds_says_so_and_is_not_exported(
+    of_images: Run, few: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = tiny(post_processor=UnsaturatedPostProcessor(image_quantile=0.5))
     engine = tiny_engine(tmp_path, logger=False)
     one = few.root / "weave/test/hole/000.png"
-    with pytest.raises(RuntimeError, match=r"no thresholds to call an image anomalous by.*leave the quantiles out"):
+    with caplog.at_level(logging.WARNING):
         engine.predict(model, data_path=one, ckpt_path=of_images.checkpoint)
+    assert "no image is called anomalous. Those of a checkpoint are left out" in caplog.text
     with pytest.raises(RuntimeError, match=r"no thresholds, so it is not exported.*leave the quantiles out"):
         engine.export(model, "onnx", export_root=tmp_path)
     raw = UnsaturatedPostProcessor(image_quantile=0.5, enable_thresholding=False, enable_normalization=False)

@@ -253,8 +253,11 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
         lacks_thresholds = self.is_calibrated and self.post_processor.lacks_thresholds
         if datamodule is None and lacks_thresholds and self.trainer.state.fn != "validate":  # which sets them
-            msg = f"This {self.name} has no thresholds to call an image anomalous by. {HOW_TO_SET_THRESHOLDS}"
-            raise RuntimeError(msg)
+            logger.warning(
+                "This %s has no thresholds: scores are raw, and no image is called anomalous. %s",
+                self.name,
+                HOW_TO_SET_THRESHOLDS,
+            )
         if datamodule is None or (self.is_calibrated and not lacks_thresholds):
             return  # without a datamodule, the model says what is missing
         missing = "This checkpoint has no thresholds." if lacks_thresholds else self.not_calibrated
