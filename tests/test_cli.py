@@ -57,6 +57,9 @@ TRAINING_CONFIGS = sorted(
 )
 
 
+PAPER_METRICS = {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO", "good_PSNR"}
+
+
 @pytest.mark.parametrize("config", TRAINING_CONFIGS, ids=lambda path: path.stem)
 def test_configs_build(config: Path, tmp_path: Path) -> None:
     with torch.device("meta"):  # the paper's weights take seconds to initialise
@@ -64,8 +67,7 @@ def test_configs_build(config: Path, tmp_path: Path) -> None:
             ["train", "--config", str(config), "--default_root_dir", str(tmp_path), "--model.depth", "1"], run=False
         )
     assert isinstance(built.model, OnePassInTra if config.stem in ("one_pass", "own_images", "quickstart") else InTra)
-    names = [metric.name for metric in built.model.evaluator.test_metrics]
-    assert {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO", "good_PSNR"} == set(names)
+    assert {metric.name for metric in built.model.evaluator.test_metrics} == PAPER_METRICS
     if config.stem == "quickstart":
         assert isinstance(built.datamodule, TextureDemo)
         return
@@ -90,6 +92,7 @@ def test_configs_of_rivals_hold_the_defaults(
     assert isinstance(built.model, kind)
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in built.model.hparams.items()}
     assert with_defaults(kind, {**given, "evaluator": True}) == with_defaults(kind, {})
+    assert {metric.name for metric in built.model.evaluator.test_metrics} == PAPER_METRICS
 
 
 def test_there_is_a_config_for_every_category() -> None:
