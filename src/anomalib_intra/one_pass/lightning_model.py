@@ -64,7 +64,7 @@ class OnePassInTra(ReconstructionModule):
         images_per_step (int): Images in a training step. Few images and many steps learn most in a given time.
         minutes (float | None): Time to train for, that of the training steps; learning rate and end follow it.
             Validation comes on top, a tenth or so. None trains for the trainer's epochs or steps, which makes a run
-            repeatable.
+            repeatable, or for its ``max_time``.
         augment (bool): Flip and turn images by right angles. Only where a flipped part is a good one.
         rotate (bool): Turn images by any angle, for parts that lie anyhow.
         vary_light (bool): Let the light differ from image to image in training, for a light that drifts from day to

@@ -111,7 +111,7 @@ def sample_pairs(images: torch.Tensor, pairs_per_image: int, generator: torch.Ge
     """Draw random patch pairs of both levels and both tasks from every image, in random order.
 
     Args:
-        images (torch.Tensor): Images in [0, 1], shape ``(P, 3, H, W)`` with height and width of at least 128.
+        images (torch.Tensor): Images, as bytes or in [0, 1], shape ``(P, 3, H, W)``, at least 128 pixels high and wide.
         pairs_per_image (int): Samples from each image; a sample is one pair for each task and level.
         generator (torch.Generator): Source of randomness, on the CPU.
 

@@ -47,7 +47,8 @@ class RIAD(ReconstructionModule):
         cell_sizes (Sequence[int]): Side lengths k of the cells in pixels, divisors of 16. One is drawn for each
             training step; the difference maps of all are averaged.
         width (int): Channels of the U-Net at full size; up to 8 times as many at the coarser scales.
-        learning_rate (float): Learning rate of Adam; a tenth of it in the last sixth of the trainer's epochs or steps.
+        learning_rate (float): Learning rate of Adam; a tenth of it in the last sixth of the trainer's epochs, steps or
+            ``max_time``.
         images_per_step (int): Images in a training step.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
         post_processor (PostProcessor | bool): True or an :class:`InTraPostProcessor`, whose options of the map are left
