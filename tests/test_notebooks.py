@@ -124,7 +124,7 @@ def test_your_own_images_finds_the_bad_ones_and_refuses_a_file_that_will_not_do(
     assert {image["truth"] for image in found["new"]} == {"good", "bad"}
     assert all(image["anomalous"] for image in found["new"] if image["truth"] == "bad")
     assert found["told"] == found["chosen"]["false alarms"]
-    assert found["refusal"].endswith("scale them to 8 bits.")
+    assert "scale them to 8 bits, all by one white level" in found["refusal"]
     assert found["csv"]
 
 
