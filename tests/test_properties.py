@@ -86,7 +86,6 @@ def one_pass_models(draw: st.DrawFn) -> OnePassTransformer:
         embed_dim=8,
         depth=draw(st.integers(1, 3), label="depth"),
         num_heads=draw(st.sampled_from([1, 2, 4]), label="heads"),
-        content_depth=draw(st.integers(0, 2), label="content_depth"),
         block_size=block_size,
         radii=tuple(radii),
     )

@@ -40,8 +40,8 @@ def rand(*shape, seed=0, dtype=torch.float64):
     ("grid", "options"),
     [
         ((7, 10), {}),
-        ((8, 8), {"content_depth": 0, "depth": 1}),
-        ((10, 5), {"block_size": 3, "radii": (3, -1), "content_depth": 2}),
+        ((8, 8), {"depth": 1}),
+        ((10, 5), {"block_size": 3, "radii": (3, -1)}),
         ((2, 9), {"radii": (0, 2)}),
         ((2, 2), {"radii": (-1, 0)}),
     ],

@@ -56,8 +56,8 @@ class OnePassInTra(ReconstructionModule):
         embed_dim (int): Latent dimension D.
         depth (int): Number n of transformer blocks.
         num_heads (int): Number h of attention heads.
-        radii (Sequence[int]): Radii of the holes in patches, each in 0 .. 4. A radius is drawn for each training step;
-            the difference maps of all are averaged.
+        radii (Sequence[int]): Radii of the holes in patches, each in -1 .. 4; -1 hides nothing. A radius is drawn for
+            each training step; the difference maps of all are averaged.
         alpha (float): Weight of the gradient magnitude term of the loss (eq. 12).
         beta (float): Weight of the structural similarity term of the loss (eq. 12).
         learning_rate (float): Highest learning rate of AdamW.
