@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from anomalib_intra.components.batch import InTraBatch, InTraItem
-from anomalib_intra.components.picture_paths import PicturePaths
 from anomalib_intra.report.panels import draw_panels, side_by_side
+from anomalib_intra.report.picture_paths import PicturePaths
 
 
 class InTraVisualizer(Visualizer):
