@@ -121,14 +121,12 @@ class OnePassInTra(ReconstructionModule):
             raise ValueError(msg)
         check_counts(images_per_step=images_per_step, depth=depth, embed_dim=embed_dim, patch_size=patch_size)
         check_weights(alpha=alpha, beta=beta, learning_rate=learning_rate)
-        asked = self.post_processor.asked_settings
-        if asked.setdefault("deviation", "half") != "half":
-            msg = "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor."
-            raise ValueError(msg)
-        self.post_processor.deviation = "half"
-        if "score_share" not in asked:
+        self.post_processor.expect_other_differences(
+            "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor.",
+            deviation="half",
+        )
+        if "score_share" not in self.post_processor.asked_settings:
             self.post_processor.score_share = _SCORE_SHARE
-        self.post_processor.raw_display_scale = None  # that of the paper is for squares of small differences
         self.learning_rate = learning_rate
         self.images_per_step = images_per_step
         self.minutes = minutes
