@@ -61,8 +61,8 @@ class RIAD(ReconstructionModule):
 
     Example:
         >>> model = RIAD(image_size=(32, 48), width=4).eval()
-        >>> model.model.reconstruct(torch.rand(1, 3, 32, 48)).shape
-        torch.Size([1, 3, 32, 48])
+        >>> model.model(torch.rand(1, 3, 32, 48)).inpainted.shape
+        torch.Size([1, 4, 3, 32, 48])
     """
 
     model: RIADModel
