@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The inpainting transformer in plain float64 loops, one window at a time, written from the paper."""
+"""The paper in plain float64 loops: the inpainting transformer, one window at a time, and differences of images."""
 
 import math
 
 import numpy as np
+import torch
 
 
 def linear(layer, x):
@@ -102,4 +103,72 @@ def reference_reconstruct(model, image, attention, position, readout, long_resid
             patch = reference_inpaint(model, patches, r, s, t, u, attention, position, readout, long_residuals)
             where = (slice(None), slice((t - 1) * K, t * K), slice((u - 1) * K, u * K))
             result[where] = patch.reshape(K, K, 3).transpose(2, 0, 1)
+    return result
+
+
+def far_from_zero(model, seed):
+    """Draw all parameters of a model so that each of them shows in what it gives."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype) * 0.4)
+
+
+# ---- differences of images -------------------------------------------------------------------------------------------
+
+
+def gradient(channel):
+    """Prewitt / 3 in both directions, borders replicated, (H, W) to (H, W)."""
+    padded = np.pad(channel.astype(float), 1, mode="edge")
+    magnitude = np.zeros(channel.shape)
+    for y, x in np.ndindex(*channel.shape):
+        around = padded[y : y + 3, x : x + 3]
+        across, down = (around[:, 0] - around[:, 2]).sum() / 3, (around[0] - around[2]).sum() / 3
+        magnitude[y, x] = math.hypot(across, down)
+    return magnitude
+
+
+def gms_difference(image, other):
+    """Eq. 11, (C, H, W) to (H, W)."""
+    c = 170 / 255**2
+    gradients = [(gradient(one), gradient(another)) for one, another in zip(image, other, strict=True)]
+    return 1 - sum((2 * g * h + c) / (g**2 + h**2 + c) for g, h in gradients) / len(gradients)
+
+
+def ssim_difference(image, other, side=5):
+    """One minus SSIM, mean over channels, where the Gaussian window lies inside, (C, H, W) to a smaller map."""
+    image, other = image.astype(float), other.astype(float)
+    c1, c2 = 0.01**2, 0.03**2
+    offsets = range(-(side // 2), side // 2 + 1)
+    weights = np.array([[math.exp(-(a**2 + b**2) / (2 * 1.5**2)) for b in offsets] for a in offsets])
+    weights = weights / weights.sum()
+    result = np.zeros((image.shape[1] - side + 1, image.shape[2] - side + 1))
+    for y, x in np.ndindex(*result.shape):
+        windows = (a[:, y : y + side, x : x + side] for a in (image, other))
+        similarities = []
+        for p, q in zip(*windows, strict=True):
+            mean_p, mean_q = (weights * p).sum(), (weights * q).sum()
+            var_p, var_q = (weights * (p - mean_p) ** 2).sum(), (weights * (q - mean_q) ** 2).sum()
+            cov = (weights * (p - mean_p) * (q - mean_q)).sum()
+            top = (2 * mean_p * mean_q + c1) * (2 * cov + c2)
+            similarities.append(top / ((mean_p**2 + mean_q**2 + c1) * (var_p + var_q + c2)))
+        result[y, x] = 1 - sum(similarities) / len(similarities)
+    return result
+
+
+def halved(image):
+    """Means of 2 x 2 pixels, (..., H, W) to (..., H / 2, W / 2)."""
+    return sum(image[..., i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
+
+
+def resized(channel, size):
+    """Bilinear interpolation between the centres of pixels, (h, w) to size."""
+    result = np.zeros(size)
+    for place in np.ndindex(*size):
+        at = [max(0.0, (n + 0.5) * s / S - 0.5) for n, s, S in zip(place, channel.shape, size, strict=True)]
+        (i, j), (u, v) = [int(p) for p in at], [p - int(p) for p in at]
+        k, m = min(i + 1, channel.shape[0] - 1), min(j + 1, channel.shape[1] - 1)
+        upper = (1 - v) * channel[i, j] + v * channel[i, m]
+        lower = (1 - v) * channel[k, j] + v * channel[k, m]
+        result[place] = (1 - u) * upper + u * lower
     return result

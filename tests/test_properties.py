@@ -12,7 +12,7 @@ from anomalib_intra.intra.torch_model import InpaintingTransformer
 from anomalib_intra.one_pass import OnePassTransformer
 
 from .conftest import compared
-from .reference import reference_reconstruct
+from .reference import far_from_zero, reference_reconstruct
 
 #: The same examples in every run, since a test that fails now and then is of no use to others.
 SAME_EVERY_TIME = settings(derandomize=True, deadline=None, max_examples=40)
@@ -37,10 +37,7 @@ def models(draw: st.DrawFn) -> tuple[InpaintingTransformer, tuple[int, int], dic
     model = InpaintingTransformer(
         trained_size, patch_size, window_size, embed_dim=8, depth=depth, num_heads=heads, **options
     )
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed of the weights"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    far_from_zero(model, draw(st.integers(0, 2**32 - 1), label="seed of the weights"))
     return model.double().eval(), size, options
 
 
@@ -86,14 +83,10 @@ def one_pass_models(draw: st.DrawFn) -> OnePassTransformer:
         embed_dim=8,
         depth=draw(st.integers(1, 3), label="depth"),
         num_heads=draw(st.sampled_from([1, 2, 4]), label="heads"),
-        content_depth=draw(st.integers(0, 2), label="content_depth"),
         block_size=block_size,
         radii=tuple(radii),
     )
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed of the weights"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
+    far_from_zero(model, draw(st.integers(0, 2**32 - 1), label="seed of the weights"))
     return model.eval()
 
 

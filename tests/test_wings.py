@@ -28,19 +28,32 @@ FLOORS = [
 #: them: its memory bank is a buffer whose size is unknown until it is filled, which anomalib's mixin loads.)
 PURE_TORCH = [
     "components/anomaly_map",
+    "components/arguments",
+    "components/checkpoint_fit",
     "components/reconstruction",
     "components/similarity",
     "cutpaste/augmentation",
     "cutpaste/gaussian",
     "cutpaste/torch_model",
     "data/image_range",
+    "data/images",
+    "data/samples",
     "data/symmetries",
     "intra/attention",
     "intra/grid",
     "intra/loss",
     "intra/second_pass",
     "intra/torch_model",
+    "intra/windows",
+    "one_pass/attention",
+    "one_pass/augmentation",
+    "one_pass/comparison",
+    "one_pass/fast_attention",
+    "one_pass/loss",
+    "one_pass/spoiling",
+    "one_pass/torch_model",
     "patch_svdd/loss",
+    "patch_svdd/pairs",
     "riad/loss",
     "riad/masks",
     "riad/msgms",
@@ -116,7 +129,7 @@ def test_pure_torch_runs_where_neither_lightning_nor_anomalib_can_be_imported() 
 import sys, types, importlib
 for name in ("anomalib", "lightning", "pytorch_lightning"):
     sys.modules[name] = None
-for wing in ("", ".components", ".cutpaste", ".data", ".intra", ".patch_svdd", ".riad"):
+for wing in ("", ".components", ".cutpaste", ".data", ".intra", ".one_pass", ".patch_svdd", ".riad"):
     package = types.ModuleType("anomalib_intra" + wing)
     package.__path__ = [{str(PACKAGE)!r} + wing.replace(".", "/")]
     sys.modules["anomalib_intra" + wing] = package

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 from anomalib_intra import InTra, cli
 from anomalib_intra.benchmark import benchmark
 from anomalib_intra.benchmark.charts import chart_of_time
-from anomalib_intra.benchmark.evaluation import AUROC, F1Max, unsaturated
+from anomalib_intra.benchmark.evaluation import evaluator
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
 from anomalib_intra.benchmark.page import write_page
 from anomalib_intra.benchmark.published import OBJECTS, TEXTURES, published
@@ -34,40 +34,47 @@ PADIM = {"class_path": "anomalib.models.Padim", "init_args": {"layers": ["layer1
 # ---- evaluation ------------------------------------------------------------------------------------------------------
 
 
-def test_large_scores_are_neither_tied_nor_clamped() -> None:
-    """torchmetrics would take them for logits, and a sigmoid ties all above 17."""
+def metrics_of(scores: torch.Tensor, labels: torch.Tensor, at_once: int = 50) -> dict[str, float]:
+    metrics = [metric for metric in evaluator().test_metrics if metric.name.startswith("image_")]
+    for part in map(slice, range(0, len(scores), at_once), range(at_once, len(scores) + at_once, at_once)):
+        images = torch.rand(len(scores[part]), 3, 2, 2)
+        batch = ImageBatch(image=images, pred_score=scores[part], gt_label=labels[part])
+        for metric in metrics:
+            metric.update(batch)
+    return {metric.name: float(metric.compute()) for metric in metrics}
+
+
+@pytest.mark.parametrize("magnitude", [1e-7, 1.0, 50.0, 1e7])
+def test_scores_of_any_magnitude_are_neither_tied_nor_clamped(magnitude: float) -> None:
+    """torchmetrics would take those above 1 for logits, and a sigmoid ties all above 17."""
     torch.manual_seed(0)
-    scores = 20 + 5 * torch.rand(200)
-    labels = (scores + torch.randn(200) > 23).int()
-    metric = AUROC(fields=["pred_score", "gt_label"])
-    for part in range(0, 200, 50):
-        sliced = slice(part, part + 50)
-        metric.update(ImageBatch(image=torch.rand(50, 3, 2, 2), pred_score=scores[sliced], gt_label=labels[sliced]))
-    assert float(metric.compute()) == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    scores = magnitude * (0.8 + 0.2 * torch.rand(200))
+    labels = (scores + 0.1 * magnitude * torch.randn(200) > 0.9 * magnitude).int()
+    assert metrics_of(scores, labels)["image_AUROC"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
 
 
-def test_unsaturated_keeps_order_and_differences() -> None:
-    near = torch.tensor([1e-8, 1e-3, 1.0, 17.0, 1e4, 1e7])
-    scores = torch.cat([-near, near, torch.nextafter(near, torch.tensor(torch.inf))]).sort().values
-    mapped = unsaturated(scores)
-    assert (mapped.diff() > 0).all()
-    assert mapped.min() > 0
-    assert mapped.max() < 1
+def test_scores_next_to_each_other_are_not_tied() -> None:
+    near = torch.tensor([1e-8, 1e-3, 1.0, 17.0, 50.0, 1e4, 1e7])
+    near = torch.cat([-near, near])
+    above = torch.nextafter(near, torch.tensor(torch.inf))
+    for low, high in [*zip(near, above, strict=True), (torch.tensor(50.0), torch.tensor(51.0))]:
+        assert metrics_of(torch.stack([low, high]), torch.tensor([0, 1]), at_once=1)["image_AUROC"] == 1
 
 
 def test_best_f1_is_that_of_the_best_threshold() -> None:
     scores, labels = torch.tensor([30.0, 40.0, 35.0, 80.0]), torch.tensor([0, 0, 1, 1])
-    metric = F1Max(fields=["pred_score", "gt_label"])
-    metric.update(ImageBatch(image=torch.rand(4, 3, 2, 2), pred_score=scores, gt_label=labels))
-    assert float(metric.compute()) == pytest.approx(0.8)
+    assert metrics_of(scores, labels)["image_F1Max"] == pytest.approx(0.8)
 
 
-def test_scores_that_are_not_finite_are_refused() -> None:
-    metric = AUROC(fields=["pred_score", "gt_label"], prefix="image_")
+@pytest.mark.parametrize("prefix", ["image", "pixel"])
+def test_scores_that_are_not_finite_are_refused(prefix: str) -> None:
+    (metric,) = [metric for metric in evaluator().test_metrics if metric.name == f"{prefix}_AUROC"]
+    scores, labels = torch.tensor([0.0, torch.nan]), torch.tensor([0, 1])
+    maps, masks = scores.expand(2, 1, 2, 2), labels.expand(2, 2, 2)
     batch = ImageBatch(
-        image=torch.rand(2, 3, 2, 2), pred_score=torch.tensor([0.0, torch.nan]), gt_label=torch.tensor([0, 1])
+        image=torch.rand(2, 3, 2, 2), pred_score=scores, gt_label=labels, anomaly_map=maps, gt_mask=masks
     )
-    with pytest.raises(ValueError, match="image_AUROC"):
+    with pytest.raises(ValueError, match=metric.name):
         metric.update(batch)
 
 

@@ -15,7 +15,6 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from anomalib_intra import InTra, PatchSVDD, UnsaturatedPostProcessor
-from anomalib_intra.components.picture_paths import PicturePaths
 from anomalib_intra.components.visualizer import NamedImageVisualizer
 
 from ..conftest import tiny_engine, tiny_intra
@@ -87,21 +86,6 @@ def test_a_model_that_is_tested_in_a_second_run_leaves_the_pictures_of_the_first
         second = predict(model, tmp_path / f"{model.name}/second", Unnamed())
         assert len(pictures(second)) == 5
         assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
-
-
-def test_names_are_those_of_anomalib_where_they_can_be(tmp_path: Path) -> None:
-    trainer = Trainer(logger=False, accelerator="cpu")
-    paths = PicturePaths(tmp_path)
-    for image, expected in (
-        ("data/good/0.png", "good/0.png"),
-        ("data/good/0.jpg", "good/0.jpg"),
-        ("data/good/12:30.png", "good/12_30.png"),
-        ("data/good/12_30.png", "good/12_30_2.png"),
-        ("data/Good/0.PNG", "Good/0_2.PNG"),
-        ("data/good/0.dcm", "good/0.dcm.png"),
-        ("data/good/0.png", "good/0.png"),
-    ):
-        assert paths.of(image, trainer).relative_to(tmp_path).as_posix() == expected
 
 
 def test_patch_svdd_draws_what_anomalib_draws(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_post_processor import PAPERS_MAP
 
 from ..conftest import compared
+from ..reference import gms_difference, halved, resized
 
 
 def reflect(n: int, length: int) -> int:
@@ -25,7 +26,7 @@ def reflect(n: int, length: int) -> int:
     return 2 * (length - 1) - n if n >= length else n
 
 
-def filtered(image: np.ndarray, kernel: np.ndarray, border) -> np.ndarray:
+def filtered(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     height, width = image.shape
     half = len(kernel) // 2
     out = np.zeros_like(image)
@@ -33,37 +34,7 @@ def filtered(image: np.ndarray, kernel: np.ndarray, border) -> np.ndarray:
         for x in range(width):
             for a in range(-half, half + 1):
                 for b in range(-half, half + 1):
-                    out[y, x] += kernel[a + half, b + half] * image[border(y + a, height), border(x + b, width)]
-    return out
-
-
-def halved(image: np.ndarray) -> np.ndarray:
-    height, width = image.shape
-    return np.array([[image[2 * y : 2 * y + 2, 2 * x : 2 * x + 2].mean() for x in range(width // 2)]
-                     for y in range(height // 2)])  # fmt: skip
-
-
-def gms_difference(image: np.ndarray, other: np.ndarray) -> np.ndarray:
-    prewitt = np.array([[1.0, 0.0, -1.0]] * 3) / 3
-    magnitude = []
-    for x in (image, other):
-        edges = [filtered(x, kernel, lambda n, length: min(max(n, 0), length - 1)) for kernel in (prewitt, prewitt.T)]
-        magnitude.append(np.sqrt(edges[0] ** 2 + edges[1] ** 2))
-    c = 170 / 255**2
-    return 1 - (2 * magnitude[0] * magnitude[1] + c) / (magnitude[0] ** 2 + magnitude[1] ** 2 + c)
-
-
-def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    out = np.zeros((height, width))
-    for y in range(height):
-        for x in range(width):
-            v = max((y + 0.5) * image.shape[0] / height - 0.5, 0)
-            u = max((x + 0.5) * image.shape[1] / width - 0.5, 0)
-            v0, u0 = int(v), int(u)
-            v1, u1 = min(v0 + 1, image.shape[0] - 1), min(u0 + 1, image.shape[1] - 1)
-            top = image[v0, u0] * (1 - (u - u0)) + image[v0, u1] * (u - u0)
-            low = image[v1, u0] * (1 - (u - u0)) + image[v1, u1] * (u - u0)
-            out[y, x] = top * (1 - (v - v0)) + low * (v - v0)
+                    out[y, x] += kernel[a + half, b + half] * image[reflect(y + a, height), reflect(x + b, width)]
     return out
 
 
@@ -72,14 +43,13 @@ def reference_map(image: np.ndarray, other: np.ndarray) -> np.ndarray:
     height, width = image.shape[1:]
     maps = []
     for at_512 in (21, 11):
-        image, other = (np.stack([halved(channel) for channel in x]) for x in (image, other))
+        image, other = halved(image), halved(other)
         size = at_512 * min(height, width) / 512
         kernel = max(3, min(range(1, 99, 2), key=lambda odd, size=size: abs(odd - size)))
-        d_g = np.mean([gms_difference(a, b) for a, b in zip(image, other, strict=True)], axis=0)
         weights = np.array([math.exp(-((n - kernel // 2) ** 2) / (2 * 2.0**2)) for n in range(kernel)])
         gauss = np.outer(weights, weights) / weights.sum() ** 2
-        smooth = filtered(filtered(d_g, np.full((kernel, kernel), 1 / kernel**2), reflect), gauss, reflect)
-        maps.append(resized(smooth, height, width))
+        averaged = filtered(gms_difference(image, other), np.full((kernel, kernel), 1 / kernel**2))
+        maps.append(resized(filtered(averaged, gauss), (height, width)))
     return (maps[0] + maps[1]) / 2
 
 

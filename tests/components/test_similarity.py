@@ -1,78 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradient magnitude (eq. 11) and structural similarity differences against float64 loops."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 
 from anomalib_intra.components.similarity import gms_difference, gradient_magnitude, ssim_difference
 
+from .. import reference
+
 SHAPES = [(1, 3, 6, 6), (2, 3, 5, 8), (1, 3, 9, 5), (1, 1, 7, 7)]
 
 
 def images_of(shape, seed, dtype=torch.float64):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
-
-
-def reference_gradient(channel):
-    """Prewitt / 3 in both directions on one channel, borders replicated."""
-    height, width = channel.shape
-
-    def at(y, x):
-        return float(channel[min(max(y, 0), height - 1), min(max(x, 0), width - 1)])
-
-    magnitude = np.zeros((height, width))
-    for y in range(height):
-        for x in range(width):
-            across = sum(at(y + k, x - 1) - at(y + k, x + 1) for k in (-1, 0, 1)) / 3
-            down = sum(at(y - 1, x + k) - at(y + 1, x + k) for k in (-1, 0, 1)) / 3
-            magnitude[y, x] = math.sqrt(across**2 + down**2)
-    return magnitude
-
-
-def reference_gms_difference(image, other):
-    """Eq. 11 for one image of shape (C, H, W)."""
-    c = 170 / 255**2
-    channels, height, width = image.shape
-    total = np.zeros((height, width))
-    for channel in range(channels):
-        g, h = reference_gradient(image[channel]), reference_gradient(other[channel])
-        for y in range(height):
-            for x in range(width):
-                total[y, x] += (2 * g[y, x] * h[y, x] + c) / (g[y, x] ** 2 + h[y, x] ** 2 + c)
-    return 1 - total / channels
-
-
-def reference_ssim_difference(image, other):
-    """One minus SSIM, mean over channels, for one image of shape (C, H, W), where the 5 x 5 window lies inside."""
-    c1, c2 = 0.01**2, 0.03**2
-    weights = [[math.exp(-(a**2 + b**2) / (2 * 1.5**2)) for b in range(-2, 3)] for a in range(-2, 3)]
-    total_weight = sum(map(sum, weights))
-    channels, height, width = image.shape
-    result = np.zeros((height - 4, width - 4))
-    for y in range(height - 4):
-        for x in range(width - 4):
-            similarity = 0.0
-            for c in range(channels):
-                mean_1 = mean_2 = square_1 = square_2 = product = 0.0
-                for a in range(5):
-                    for b in range(5):
-                        weight = weights[a][b] / total_weight
-                        p, q = float(image[c, y + a, x + b]), float(other[c, y + a, x + b])
-                        mean_1 += weight * p
-                        mean_2 += weight * q
-                        square_1 += weight * p * p
-                        square_2 += weight * q * q
-                        product += weight * p * q
-                variance_1, variance_2 = square_1 - mean_1**2, square_2 - mean_2**2
-                covariance = product - mean_1 * mean_2
-                similarity += ((2 * mean_1 * mean_2 + c1) * (2 * covariance + c2)) / (
-                    (mean_1**2 + mean_2**2 + c1) * (variance_1 + variance_2 + c2)
-                )
-            result[y, x] = 1 - similarity / channels
-    return result
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -82,7 +23,7 @@ def test_gradient_magnitude_is_prewitt_over_3_with_replicated_borders(shape):
     assert got.shape == shape
     for b in range(shape[0]):
         for c in range(shape[1]):
-            np.testing.assert_allclose(got[b, c], reference_gradient(images[b, c].numpy()), rtol=0, atol=1e-7)
+            np.testing.assert_allclose(got[b, c], reference.gradient(images[b, c].numpy()), rtol=0, atol=1e-7)
 
 
 def test_gradient_magnitude_of_float64_images_has_the_precision_of_float64():
@@ -90,7 +31,7 @@ def test_gradient_magnitude_of_float64_images_has_the_precision_of_float64():
     # that was divided by 3 in float32 moves it by 1e-8.
     images = images_of(SHAPES[0], seed=0)
     for c in range(3):
-        expected = reference_gradient(images[0, c].numpy())
+        expected = reference.gradient(images[0, c].numpy())
         np.testing.assert_allclose(gradient_magnitude(images)[0, c].numpy(), expected, rtol=0, atol=1e-10)
 
 
@@ -114,7 +55,7 @@ def test_gms_difference_is_eq_11(shape, dtype, tolerance):
     assert got.dtype == dtype
     assert got.shape == (shape[0], 1, *shape[2:])
     for b in range(shape[0]):
-        expected = reference_gms_difference(images[b].numpy(), others[b].numpy())
+        expected = reference.gms_difference(images[b].numpy(), others[b].numpy())
         np.testing.assert_allclose(got[b, 0].numpy(), expected, rtol=0, atol=tolerance)
 
 
@@ -122,7 +63,7 @@ def test_gms_difference_is_eq_11_where_gradients_are_as_small_as_its_constant():
     # Gradients of 0.05 squared are about c = 170 / 255^2 = 0.0026, so that another constant would show.
     images, others = (0.5 + 0.1 * (images_of((1, 3, 6, 6), seed) - 0.5) for seed in (3, 4))
     got = gms_difference(images, others)[0, 0].numpy()
-    np.testing.assert_allclose(got, reference_gms_difference(images[0].numpy(), others[0].numpy()), rtol=0, atol=1e-7)
+    np.testing.assert_allclose(got, reference.gms_difference(images[0].numpy(), others[0].numpy()), rtol=0, atol=1e-7)
 
 
 def test_gms_difference_is_taken_per_channel_and_not_of_a_grey_image():
@@ -130,7 +71,7 @@ def test_gms_difference_is_taken_per_channel_and_not_of_a_grey_image():
     ramp = torch.linspace(0, 1, 6, dtype=torch.float64).expand(6, 6)
     image = torch.stack([ramp, 1 - ramp, torch.zeros_like(ramp)])[None]
     flat = image.mean(dim=1, keepdim=True).expand(1, 3, 6, 6)
-    expected = reference_gms_difference(image[0].numpy(), flat[0].numpy())
+    expected = reference.gms_difference(image[0].numpy(), flat[0].numpy())
     assert expected.min() > 0.1
     # The gradient of the flat image is the root of epsilon, 1e-6, where the reference has 0.
     np.testing.assert_allclose(gms_difference(image, flat)[0, 0].numpy(), expected, rtol=0, atol=1e-5)
@@ -145,7 +86,7 @@ def test_ssim_difference_equals_loops_over_the_valid_area(shape, dtype, toleranc
     assert got.dtype == dtype
     assert got.shape == (shape[0], 1, shape[2] - 4, shape[3] - 4)
     for b in range(shape[0]):
-        expected = reference_ssim_difference(images[b].numpy(), others[b].numpy())
+        expected = reference.ssim_difference(images[b].numpy(), others[b].numpy())
         np.testing.assert_allclose(got[b, 0].numpy(), expected, rtol=0, atol=tolerance)
 
 
@@ -154,7 +95,7 @@ def test_ssim_difference_of_dark_low_contrast_images_shows_both_constants():
     images, others = (0.02 * images_of((1, 3, 7, 7), seed) for seed in (7, 8))
     got = ssim_difference(images, others)[0, 0].numpy()
     # The library adds 1e-12 to a denominator of about 3e-7.
-    expected = reference_ssim_difference(images[0].numpy(), others[0].numpy())
+    expected = reference.ssim_difference(images[0].numpy(), others[0].numpy())
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5)
 
 

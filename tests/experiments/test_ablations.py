@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from anomalib_intra.benchmark.job import BenchmarkRun
-from anomalib_intra.benchmark.published import STUDIES
 from anomalib_intra.benchmark.runs import build_model
 from anomalib_intra.experiments.ablations import StudyRuns, ablations
+from anomalib_intra.experiments.ablations.published import STUDIES
 from anomalib_intra.experiments.ablations.tables import study_table
 
 from ..conftest import CONFIGS, TINY, InThisProcess

@@ -10,6 +10,7 @@ import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, MVTecAD
 from anomalib.data.utils import ValSplitMode
+from anomalib.models import Padim
 from lightning.pytorch import seed_everything
 from torchvision.utils import save_image
 
@@ -18,7 +19,7 @@ from anomalib_intra.experiments.synthetic_defects import synthetic_defects
 from anomalib_intra.experiments.synthetic_defects.command import _figures
 from anomalib_intra.experiments.synthetic_defects.defects import KINDS, add_defect
 
-from ..conftest import Run
+from ..conftest import Run, tiny_engine
 
 
 def part() -> torch.Tensor:
@@ -77,6 +78,36 @@ def test_figures_are_means_of_those_of_each_kind(tmp_path: Path) -> None:
     assert figures["pixel_scratch"] == 0
     assert {figures[f"{what}_{kind}"] for what in ("image", "pixel") for kind in KINDS if kind != "scratch"} == {1}
     assert figures["image_AUROC"] == figures["pixel_AUROC"] == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(("normal", "defect"), [(50.0, 51.0), (1e-7, 1.1e-7)])
+def test_scores_of_any_magnitude_are_told_apart(normal: float, defect: float, tmp_path: Path) -> None:
+    mask = torch.zeros(8, 8)
+    mask[:4, :4] = 1
+    save_image(mask, tmp_path / "stain.png")
+    batches = [
+        ImageBatch(
+            image=torch.zeros(1, 3, 8, 8),
+            anomaly_map=normal + (score - normal) * mask[None, None],
+            pred_score=torch.tensor([score]),
+            image_path=[f"images/{kind}.png"],
+        )
+        for kind, score in (("normal", normal), ("stain", defect))
+    ]
+    figures = _figures({"normal.png": "normal", "stain.png": "stain"}, tmp_path, batches)
+    assert set(figures.values()) == {1}
+
+
+def test_a_post_processor_that_clamps_ties_no_scores(few: TextureDemo, tmp_path: Path) -> None:
+    padim = Padim(layers=["layer1"], n_features=8, pre_trained=False, visualizer=False)
+    engine = tiny_engine(tmp_path)
+    engine.fit(padim, datamodule=few)
+    for name, value in padim.post_processor.named_buffers():  # as of scores far smaller: all of ours are clamped to 1
+        value.fill_(1e-6 if name.endswith("max") else 0)
+    engine.trainer.save_checkpoint(tmp_path / "padim.ckpt")
+    table = synthetic_defects(Padim, [tmp_path / "padim.ckpt"], few, output=tmp_path / "out")
+    assert table["image_AUROC"][0] != 0.5
+    assert table["pixel_AUROC"][0] > 0.6
 
 
 def test_images_of_several_sizes_and_plain_ones_are_no_hindrance(

@@ -10,7 +10,7 @@ import torch
 
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 
-from ..reference import reference_inpaint, reference_patches, reference_reconstruct
+from ..reference import far_from_zero, reference_inpaint, reference_patches, reference_reconstruct
 
 K, D, HEADS = 4, 8, 2
 
@@ -20,10 +20,7 @@ def build(image_size=(16, 20), window_size=3, depth=3, seed=0, **options):
     model = InpaintingTransformer(
         image_size, patch_size=K, window_size=window_size, embed_dim=D, depth=depth, num_heads=HEADS, **options
     ).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+    far_from_zero(model, seed)
     return model.eval()
 
 

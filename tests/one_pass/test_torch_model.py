@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from anomalib_intra.one_pass import OnePassTransformer, attention, fast_attention
 
+from ..reference import far_from_zero
 from .reference import reference_one_pass
 
 K, D, HEADS = 2, 8, 2
@@ -24,10 +25,7 @@ def build(grid=(7, 10), radii=(0, 1, 2), block_size=2, depth=2, seed=0, **option
     model = OnePassTransformer(
         (grid[0] * K, grid[1] * K), K, D, depth, HEADS, block_size=block_size, radii=radii, **options
     ).double()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.4)
+    far_from_zero(model, seed)
     model.set_channel_statistics(torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.2, 0.25, 0.3]))
     return model.eval()
 
@@ -40,8 +38,8 @@ def rand(*shape, seed=0, dtype=torch.float64):
     ("grid", "options"),
     [
         ((7, 10), {}),
-        ((8, 8), {"content_depth": 0, "depth": 1}),
-        ((10, 5), {"block_size": 3, "radii": (3, -1), "content_depth": 2}),
+        ((8, 8), {"depth": 1}),
+        ((10, 5), {"block_size": 3, "radii": (3, -1)}),
         ((2, 9), {"radii": (0, 2)}),
         ((2, 2), {"radii": (-1, 0)}),
     ],

@@ -12,6 +12,8 @@ from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
 from anomalib_intra.one_pass.loss import PaintingLoss
 from anomalib_intra.one_pass.spoiling import spoil
 
+from ..reference import gms_difference, halved, ssim_difference
+
 # ---- spoiled images --------------------------------------------------------------------------------------------------
 
 
@@ -136,54 +138,11 @@ def test_one_cycle_rises_once_and_falls_once():
 # ---- the loss, against plain loops -----------------------------------------------------------------------------------
 
 
-def halved(image):
-    return sum(image[:, i::2, j::2] for i in (0, 1) for j in (0, 1)) / 4
-
-
-def gradient(channel):
-    height, width = channel.shape
-    result = np.zeros_like(channel)
-    for y in range(height):
-        for x in range(width):
-
-            def at(dy, dx, y=y, x=x):
-                return channel[min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)]
-
-            horizontal = sum(at(d, -1) - at(d, 1) for d in (-1, 0, 1)) / 3
-            vertical = sum(at(-1, d) - at(1, d) for d in (-1, 0, 1)) / 3
-            result[y, x] = math.sqrt(horizontal**2 + vertical**2 + 1e-12)
-    return result
-
-
-def gms(a, b):
-    c = 170 / 255**2
-    similarity = []
-    for one, other in zip(a, b, strict=True):
-        g, h = gradient(one), gradient(other)
-        similarity.append((2 * g * h + c) / (g**2 + h**2 + c))
-    return 1 - np.mean(similarity)
-
-
-def ssim(a, b):
-    taps = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 1.5**2))
-    window = np.outer(taps, taps) / taps.sum() ** 2
-    values = []
-    for one, other in zip(a, b, strict=True):
-        for y in range(2, one.shape[0] - 2):
-            for x in range(2, one.shape[1] - 2):
-                p, q = one[y - 2 : y + 3, x - 2 : x + 3], other[y - 2 : y + 3, x - 2 : x + 3]
-                mean_p, mean_q = (window * p).sum(), (window * q).sum()
-                var_p, var_q = (window * p**2).sum() - mean_p**2, (window * q**2).sum() - mean_q**2
-                cov = (window * p * q).sum() - mean_p * mean_q
-                top = (2 * mean_p * mean_q + 0.01**2) * (2 * cov + 0.03**2)
-                values.append(top / ((mean_p**2 + mean_q**2 + 0.01**2) * (var_p + var_q + 0.03**2)))
-    return 1 - np.mean(values)
-
-
 def test_loss_is_equation_12_at_the_scales_of_equation_16():
     image, painted = torch.rand(2, 3, 24, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     a, b = image.numpy(), painted.numpy()
     a2, b2 = halved(a), halved(b)
-    expected = ((a - b) ** 2).mean() + 0.3 * (gms(a2, b2) + gms(halved(a2), halved(b2))) + 0.2 * ssim(a2, b2)
+    d_g = gms_difference(a2, b2).mean() + gms_difference(halved(a2), halved(b2)).mean()
+    expected = ((a - b) ** 2).mean() + 0.3 * d_g + 0.2 * ssim_difference(a2, b2).mean()
     got = PaintingLoss(alpha=0.3, beta=0.2)(image[None], painted[None])
     assert float(got) == pytest.approx(expected, rel=1e-6)

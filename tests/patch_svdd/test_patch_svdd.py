@@ -47,7 +47,7 @@ def test_architecture_is_the_papers():
 
 @pytest.mark.parametrize("side", [32, 64])
 def test_features_of_patches_use_the_whole_range_of_tanh_and_no_more(side):
-    features = model_of((64, 64)).encode_patches(torch.randn(8, 3, side, side))
+    features = model_of((64, 64)).encode_all(torch.randn(8, 3, side, side))[0]
     assert features.shape == (8, 64)
     assert features.abs().max() <= 1
     assert features.min() < -0.5
@@ -62,13 +62,13 @@ def test_big_patches_are_encoded_quadrant_by_quadrant():
         for i in range(2):
             for j in range(2):
                 crop = patch[:, 32 * i : 32 * i + 32, 32 * j : 32 * j + 32]
-                quadrants[i, j] = model.encode_patches(crop[None])[0]
+                quadrants[i, j] = model.encode_all(crop[None])[0][0]
         joined = model.big_head.join.bias.clone()
         for (i, j), feature in quadrants.items():
             joined += model.big_head.join.weight[:, :, i, j] @ feature
         joined = torch.where(joined > 0, joined, 0.1 * joined)
         expected = (model.big_head.project.weight[:, :, 0, 0] @ joined + model.big_head.project.bias).tanh()
-        torch.testing.assert_close(model.encode_patches(patches)[number], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.encode_all(patches)[0][number], expected, rtol=0, atol=1e-5)
 
 
 def test_features_of_different_patches_differ_from_the_start():
@@ -76,7 +76,7 @@ def test_features_of_different_patches_differ_from_the_start():
     model = PatchSVDDModel((64, 64))
     for side in (32, 64):
         # Noise as strong as the contrast of images.
-        assert model.encode_patches(0.2 * torch.randn(16, 3, side, side)).std(dim=0).mean() > 0.02
+        assert model.encode_all(0.2 * torch.randn(16, 3, side, side))[0].std(dim=0).mean() > 0.02
 
 
 def test_groups_encoded_at_once_come_back_in_order_and_each_encoder_runs_once():
@@ -88,7 +88,7 @@ def test_groups_encoded_at_once_come_back_in_order_and_each_encoder_runs_once():
     together = model.encode_all(*groups)
     assert calls == {"small": 1, "big": 1}
     for got, group in zip(together, groups, strict=True):
-        torch.testing.assert_close(got, model.encode_patches(group), rtol=0, atol=1e-5)
+        torch.testing.assert_close(got, model.encode_all(group)[0], rtol=0, atol=1e-5)
 
 
 def test_pairs_encoded_at_once_keep_their_places():
@@ -100,7 +100,7 @@ def test_pairs_encoded_at_once_keep_their_places():
         assert torch.equal(got.label, patches.label)
         for name in ("first", "second", "near_first", "near_second"):
             torch.testing.assert_close(
-                getattr(got, name), model.encode_patches(getattr(patches, name)), rtol=0, atol=1e-5
+                getattr(got, name), model.encode_all(getattr(patches, name))[0], rtol=0, atol=1e-5
             )
 
 
@@ -117,7 +117,7 @@ def test_whole_images_are_encoded_as_patch_by_patch(size):
         patches = torch.stack(
             [(images - model.mean_image)[..., y : y + side, x : x + side] for y in rows for x in columns]
         )
-        expected = model.encode_patches(patches.flatten(0, 1)).unflatten(0, (len(rows), len(columns), 2))
+        expected = model.encode_all(patches.flatten(0, 1))[0].unflatten(0, (len(rows), len(columns), 2))
         torch.testing.assert_close(got, expected.permute(2, 3, 0, 1), rtol=0, atol=1e-5)
 
 

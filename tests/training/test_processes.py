@@ -23,7 +23,7 @@ from anomalib_intra.training import agreement as agreement_module
 from anomalib_intra.training.agreement import Agreement
 
 from ..conftest import tiny_engine, tiny_intra, tiny_one_pass
-from ..intra.test_windows import CountingImages, loader_of, samples_of
+from ..data.test_samples import CountingImages, loader_of, samples_of
 
 WORLD = 2
 

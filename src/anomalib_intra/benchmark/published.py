@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the InTra paper reports for MVTec AD (arXiv 2104.13897v1): Tables 1 and 2, and the ablation studies, 3 to 6."""
+"""What the InTra paper reports for MVTec AD (arXiv 2104.13897v1), Tables 1 and 2."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from pandas import DataFrame
 
@@ -73,80 +72,22 @@ def published(metric: str) -> DataFrame:
         >>> float(published("image_AUROC").loc["screw", "InTra"])
         95.7
     """
-    return _read({"image_AUROC": _IMAGE_AUROC, "pixel_AUROC": _PIXEL_AUROC}[metric], _METHODS)
+    return read_printed({"image_AUROC": _IMAGE_AUROC, "pixel_AUROC": _PIXEL_AUROC}[metric], _METHODS)
 
 
-def _read(printed: str, columns: Sequence[str]) -> DataFrame:
-    rows = {name: figures for name, *figures in map(str.split, printed.strip().splitlines())}
-    return DataFrame.from_dict(rows, orient="index", columns=list(columns)).replace("-", "nan").astype(float)
-
-
-@dataclass(frozen=True)
-class Study:
-    """One of the paper's ablation studies (sec. 4.3).
+def read_printed(printed: str, columns: Sequence[str]) -> DataFrame:
+    """Read a table as the paper prints it.
 
     Args:
-        title (str): Its number and what it compares.
-        headings (dict[str, str]): The paper's headings of columns, by the names of models in ``configs/ablations``.
-        printed (str): A line for each category with its figures: all of detection, then all of segmentation.
+        printed (str): A line for each row: its name, then its figures, ``-`` where there is none.
+        columns (Sequence[str]): What the figures are of.
+
+    Returns:
+        DataFrame: The figures, NaN where there is none.
 
     Example:
-        >>> float(STUDIES["position"].published().loc["transistor", "Seg. Local"])
-        82.6
+        >>> read_printed("screw 81.3 -", ["Patch-SVDD", "PaDiM"]).to_dict("index")
+        {'screw': {'Patch-SVDD': 81.3, 'PaDiM': nan}}
     """
-
-    title: str
-    headings: dict[str, str]
-    printed: str
-
-    def published(self) -> DataFrame:
-        """Give the table as printed.
-
-        Returns:
-            DataFrame: AUROC in percent; a row for each category; columns ``Det. ...``, then ``Seg. ...``.
-        """
-        columns = [f"{task} {heading}" for task in ("Det.", "Seg.") for heading in self.headings.values()]
-        return _read(self.printed, columns)
-
-
-#: Tables 3 to 6 by the names of the studies' configs.
-STUDIES = {
-    "long_residuals": Study(
-        "Table 3: with and without long residual connections",
-        {"InTra": "With", "InTra without long residuals": "Without"},
-        """
-        carpet      98.8  98.8 99.2 99.3
-        leather    100.0  99.9 99.5 99.4
-        wood        96.8  95.6 89.9 88.9
-        toothbrush  99.7 100.0 99.0 98.9
-        hazelnut    91.0  91.4 97.3 97.3
-        """,
-    ),
-    "attention": Study(
-        "Table 4: feature self-attention (MFSA) and plain self-attention (MSA)",
-        {"InTra": "MFSA", "InTra with MSA": "MSA"},
-        """
-        carpet      98.8  98.8 99.2 99.3
-        leather    100.0 100.0 99.5 99.5
-        wood        96.8  96.8 89.9 89.3
-        toothbrush  99.7  98.9 99.0 98.8
-        hazelnut    91.0  89.7 97.3 96.6
-        """,
-    ),
-    "position": Study(
-        "Table 5: local and global positions",
-        {"InTra with local positions": "Local", "InTra": "Global"},
-        """
-        transistor 80.4 95.8 82.6 96.1
-        metal_nut  86.4 92.5 77.4 80.5
-        """,
-    ),
-    "window_size": Study(
-        "Table 6: the side of a window in patches",
-        {"InTra with windows of 5": "5 x 5", "InTra": "7 x 7", "InTra with windows of 9": "9 x 9"},
-        """
-        hazelnut 91.1 91.0 92.5 96.4 97.3 97.3
-        wood     96.1 96.8 97.3 89.4 89.9 90.3
-        """,
-    ),
-}
+    rows = {name: figures for name, *figures in map(str.split, printed.strip().splitlines())}
+    return DataFrame.from_dict(rows, orient="index", columns=list(columns)).replace("-", "nan").astype(float)

@@ -19,7 +19,7 @@ from torchvision.transforms.v2 import Resize
 
 from anomalib_intra.components.batch import UnroundedBatch, is_normal
 from anomalib_intra.components.checkpoint_fit import HOW_TO_SET_THRESHOLDS
-from anomalib_intra.components.evaluator import patient
+from anomalib_intra.components.evaluator import selective
 from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
@@ -74,7 +74,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             )
             raise TypeError(msg)
         if isinstance(self.evaluator, Evaluator):
-            self.evaluator = patient(self.evaluator)
+            self.evaluator = selective(self.evaluator)
         self.image_size = image_size
         #: What the datamodule did to the images of the calibration, but for the pre-processor's own resize, in words;
         #: None where that is not known.

@@ -105,8 +105,8 @@ class SelectiveEvaluator(Evaluator):
         return [metric for metric in self.val_metrics if metric.name not in self._lacking]
 
 
-def patient(evaluator: Evaluator) -> Evaluator:
-    """Make an evaluator patient, unless it measures in a way of its own.
+def selective(evaluator: Evaluator) -> Evaluator:
+    """Make an evaluator selective, unless it measures in a way of its own.
 
     Args:
         evaluator (Evaluator): Any evaluator.

@@ -5,7 +5,6 @@ import logging
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 
@@ -54,36 +53,6 @@ def agree_on_metrics(trainer: Trainer, evaluator: Any, scored: bool) -> None:
             reason = "nothing is validated in this run" if monitor == "val_loss" else _reason(scored)
             msg = f"{type(callback).__name__} monitors {monitor}, which this run does not have ({reason}): {way_out}."
             raise ValueError(msg)
-
-
-def keeper_of_the_best(trainer: Trainer) -> Any:
-    """Find the checkpoint callback whose best file is the outcome of a run.
-
-    Args:
-        trainer (Trainer): The trainer.
-
-    Returns:
-        Any: The first that monitors something, or else the first; None where there is none.
-    """
-    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)]
-    monitoring = [keeper for keeper in keepers if getattr(keeper, "monitor", None) is not None]
-    return next(iter([*monitoring, *keepers]), None)
-
-
-def weights_were_averaged(trainer: Trainer) -> bool:
-    """Tell whether stochastic weight averaging has put the mean of the last epochs' weights in the place of the last.
-
-    Args:
-        trainer (Trainer): The trainer, at the end of training.
-
-    Returns:
-        bool: Whether it has; not where training ended before its last epoch.
-    """
-    averaging = [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]  # type: ignore[attr-defined]
-    return any(
-        callback.n_averaged is not None and (trainer.max_epochs == -1 or trainer.current_epoch > callback.swa_end)
-        for callback in averaging
-    )
 
 
 def _reason(scored: bool) -> str:

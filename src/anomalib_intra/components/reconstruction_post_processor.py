@@ -125,6 +125,22 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         """The settings on which training mean and thresholds depend."""
         return {**{name: getattr(self, name) for name in PAPERS_MAP}, **super().calibrated_with}
 
+    def expect_other_differences(self, error: str, **settings: Any) -> None:
+        """Set what the difference maps of a model call for, whatever a checkpoint says, where they are not InTra's.
+
+        Args:
+            error (str): What to say if another value was asked for.
+            **settings: The settings.
+
+        Raises:
+            ValueError: If another value was asked for.
+        """
+        for name, value in settings.items():
+            if self.asked_settings.setdefault(name, value) != value:
+                raise ValueError(error)
+            setattr(self, name, value)
+        self.raw_display_scale = None  # that of the paper is for squares of small differences
+
     # ---- from reconstruction to raw map ------------------------------------------------------------------------------
 
     def raw_anomaly_map(self, differences: torch.Tensor) -> torch.Tensor:

@@ -53,7 +53,7 @@ def colour_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> to
         >>> colour_difference(torch.zeros(1, 3, 4, 4), torch.ones(1, 3, 4, 4)).unique()
         tensor([1.])
     """
-    return (_wide(images) - _wide(reconstructions)).abs().mean(dim=1, keepdim=True)
+    return (wide(images) - wide(reconstructions)).abs().mean(dim=1, keepdim=True)
 
 
 def gms_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ def gms_difference(images: torch.Tensor, reconstructions: torch.Tensor) -> torch
         tensor(True)
     """
     with torch.autocast(images.device.type, enabled=False):
-        g, h = (gradient_magnitude(_wide(x)) for x in (images, reconstructions))
+        g, h = (gradient_magnitude(wide(x)) for x in (images, reconstructions))
         similarity = (2 * g * h + _GMS_CONSTANT) / (g**2 + h**2 + _GMS_CONSTANT)
         return 1 - similarity.mean(dim=1, keepdim=True)
 
@@ -98,9 +98,10 @@ def ssim_difference(images: torch.Tensor, reconstructions: torch.Tensor, window:
         torch.Size([2, 1, 12, 12])
     """
     with torch.autocast(images.device.type, enabled=False):
-        similarity = ssim(_wide(images), _wide(reconstructions), window, padding="valid")
+        similarity = ssim(wide(images), wide(reconstructions), window, padding="valid")
         return 1 - similarity.mean(dim=1, keepdim=True)
 
 
-def _wide(x: torch.Tensor) -> torch.Tensor:
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """Give a tensor in float32, or as it is where it is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -22,13 +22,18 @@ from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
 from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
 from anomalib_intra.components.evaluator import SelectiveEvaluator
-from anomalib_intra.components.monitoring import agree_on_metrics, keeper_of_the_best, validates, weights_were_averaged
+from anomalib_intra.components.monitoring import agree_on_metrics, validates
 from anomalib_intra.components.pre_processor import OnImagesOnly
 from anomalib_intra.data.normal_images import NormalImages, Share, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
 from anomalib_intra.training.callbacks import FiniteLoss, LossHistory, Throughput, ValidatedEnd
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, keep_last_and_best
+from anomalib_intra.training.checkpoints import (
+    AtomicCheckpointIO,
+    keep_last_and_best,
+    keeper_of_the_best,
+    weights_were_averaged,
+)
 from anomalib_intra.training.command_line import command_line, drop_unreadable, seed_as_commanded
 from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.training.internals import (

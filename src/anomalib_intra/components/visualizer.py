@@ -12,11 +12,23 @@ from lightning.pytorch import Trainer
 from PIL import Image
 
 from anomalib_intra.components.batch import InTraBatch, InTraItem
-from anomalib_intra.components.picture_paths import PicturePaths
 from anomalib_intra.report.panels import draw_panels, side_by_side
+from anomalib_intra.report.picture_paths import PicturePaths
 
 
-class InTraVisualizer(Visualizer):
+class _NamedPictures(Visualizer):
+    output_dir: str | Path | None
+    _paths: PicturePaths
+
+    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
+        """Begin to name the pictures anew, in the folder of this run."""
+        del pl_module
+        self._paths = PicturePaths(Path(self.output_dir or Path(trainer.default_root_dir) / "images"))
+
+    on_predict_start = on_test_start
+
+
+class InTraVisualizer(_NamedPictures):
     """Saves a row of panels for every image that is tested or predicted, where anomalib saves its pictures.
 
     The panels are the image, its reconstruction, the anomaly map and the image with the outlines of the predicted mask
@@ -36,8 +48,6 @@ class InTraVisualizer(Visualizer):
         (524, 152)
     """
 
-    _paths: PicturePaths
-
     def __init__(self, field_size: tuple[int, int] = (256, 256), output_dir: str | Path | None = None) -> None:
         super().__init__()
         self.field_size = field_size
@@ -56,13 +66,6 @@ class InTraVisualizer(Visualizer):
         """
         return side_by_side(draw_panels(item, self.field_size, scale))
 
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begin to name the pictures anew, in the folder of this run."""
-        del pl_module
-        self._paths = PicturePaths(Path(self.output_dir or Path(trainer.default_root_dir) / "images"))
-
-    on_predict_start = on_test_start
-
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: InTraBatch, batch: InTraBatch, *args: Any, **kwargs: Any
     ) -> None:
@@ -75,22 +78,13 @@ class InTraVisualizer(Visualizer):
     on_predict_batch_end = on_test_batch_end
 
 
-class NamedImageVisualizer(ImageVisualizer):
+class NamedImageVisualizer(_NamedPictures, ImageVisualizer):
     """anomalib's pictures, each in a file of its own, in the folder of the run that is under way.
 
     anomalib's own lets images of equal names, and all without a path, write over each other, and keeps to the folder of
     its first run. It draws raw maps as they are, so that a value of 1.01 looks like 0; here they share a scale, as
     those of :class:`InTraVisualizer` do.
     """
-
-    _paths: PicturePaths
-
-    def on_test_start(self, trainer: Trainer, pl_module: Any) -> None:
-        """Begin to name the pictures anew, in the folder of this run."""
-        del pl_module
-        self._paths = PicturePaths(Path(self.output_dir or Path(trainer.default_root_dir) / "images"))
-
-    on_predict_start = on_test_start
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: ImageBatch, batch: ImageBatch, *args: Any, **kwargs: Any

@@ -56,8 +56,8 @@ class OnePassInTra(ReconstructionModule):
         embed_dim (int): Latent dimension D.
         depth (int): Number n of transformer blocks.
         num_heads (int): Number h of attention heads.
-        radii (Sequence[int]): Radii of the holes in patches, each in 0 .. 4. A radius is drawn for each training step;
-            the difference maps of all are averaged.
+        radii (Sequence[int]): Radii of the holes in patches, each in -1 .. 4; -1 hides nothing. A radius is drawn for
+            each training step; the difference maps of all are averaged.
         alpha (float): Weight of the gradient magnitude term of the loss (eq. 12).
         beta (float): Weight of the structural similarity term of the loss (eq. 12).
         learning_rate (float): Highest learning rate of AdamW.
@@ -121,14 +121,12 @@ class OnePassInTra(ReconstructionModule):
             raise ValueError(msg)
         check_counts(images_per_step=images_per_step, depth=depth, embed_dim=embed_dim, patch_size=patch_size)
         check_weights(alpha=alpha, beta=beta, learning_rate=learning_rate)
-        asked = self.post_processor.asked_settings
-        if asked.setdefault("deviation", "half") != "half":
-            msg = "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor."
-            raise ValueError(msg)
-        self.post_processor.deviation = "half"
-        if "score_share" not in asked:
+        self.post_processor.expect_other_differences(
+            "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor.",
+            deviation="half",
+        )
+        if "score_share" not in self.post_processor.asked_settings:
             self.post_processor.score_share = _SCORE_SHARE
-        self.post_processor.raw_display_scale = None  # that of the paper is for squares of small differences
         self.learning_rate = learning_rate
         self.images_per_step = images_per_step
         self.minutes = minutes

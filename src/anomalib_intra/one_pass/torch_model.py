@@ -90,7 +90,6 @@ class OnePassTransformer(nn.Module):
         embed_dim (int): Latent dimension D.
         depth (int): Number n of the queries' transformer blocks.
         num_heads (int): Number h of attention heads; divides D.
-        content_depth (int): Number of the content's MLP blocks.
         block_size (int): Side length in patches of the blocks that near and far are told apart by.
         radii (tuple[int, ...]): Radii of the holes the model knows, each in -1 .. ``block_size``.
 
@@ -112,8 +111,7 @@ class OnePassTransformer(nn.Module):
         patch_size: int = 8,
         embed_dim: int = 128,
         depth: int = 4,
-        num_heads: int = 8,
-        content_depth: int = 1,
+        num_heads: int = 4,
         block_size: int = 4,
         radii: tuple[int, ...] = (0, 1, 2),
     ) -> None:
@@ -146,7 +144,7 @@ class OnePassTransformer(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(*self.grid.inside.shape, embed_dim))
         self.inpaint_embedding = nn.Parameter(torch.zeros(embed_dim))
         self.radius_embedding = nn.Parameter(torch.zeros(len(radii), embed_dim))
-        self.content_blocks = nn.ModuleList(ContentBlock(embed_dim) for _ in range(content_depth))
+        self.content_blocks = nn.Sequential(ContentBlock(embed_dim))
         self.content_norm = nn.LayerNorm(embed_dim)
         # Keys and values of all blocks are projected at once.
         self.near_key_value = nn.Linear(embed_dim, 2 * depth * embed_dim)
@@ -253,9 +251,7 @@ class OnePassTransformer(nn.Module):
         padded = pad(normalised, (0, columns * S * K - width, 0, rows * S * K - height))
         patches = rearrange(padded, "b c (i p k1) (j q k2) -> b (i j) (p q) (k1 k2 c)", k1=K, k2=K, p=S, q=S)
         content = self.patch_embedding(patches) + self.position_embedding
-        for block in self.content_blocks:
-            content = block(content)
-        return self.content_norm(content)
+        return self.content_norm(self.content_blocks(content))
 
     def _expect(self, content: torch.Tensor, radii: tuple[int, ...]) -> torch.Tensor:
         """Tokens of what is expected at each patch, from the content outside the hole, ``(B * R, N, M, D)``."""

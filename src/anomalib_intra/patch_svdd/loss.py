@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from anomalib_intra.components.similarity import wide
 from anomalib_intra.patch_svdd.pairs import LevelPairs, Pairs
 
 # Keeps the gradient of the norm finite where two features are equal.
@@ -82,14 +83,10 @@ class PatchSVDDLoss(nn.Module):
 
 
 def _position_loss(features: LevelPairs, classifier: nn.Module) -> torch.Tensor:
-    difference = _wide(features.first) - _wide(features.second)
-    return cross_entropy(_wide(classifier(difference)), features.label)
+    difference = wide(features.first) - wide(features.second)
+    return cross_entropy(wide(classifier(difference)), features.label)
 
 
 def _svdd_loss(features: LevelPairs) -> torch.Tensor:
-    difference = _wide(features.near_first) - _wide(features.near_second)
+    difference = wide(features.near_first) - wide(features.near_second)
     return (difference.square().sum(dim=1) + _EPSILON).sqrt().mean()
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

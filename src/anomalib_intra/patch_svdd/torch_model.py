@@ -146,18 +146,6 @@ class PatchSVDDModel(DynamicBufferMixin, nn.Module):
 
     # ---- patches -----------------------------------------------------------------------------------------------------
 
-    def encode_patches(self, patches: torch.Tensor) -> torch.Tensor:
-        """Encode patches of one level.
-
-        Args:
-            patches (torch.Tensor): Patches with the mean image subtracted, shape ``(B, 3, 32, 32)`` or
-                ``(B, 3, 64, 64)``.
-
-        Returns:
-            torch.Tensor: Features in [-1, 1], shape ``(B, 64)``.
-        """
-        return self.encode_all(patches)[0]
-
     def encode_pairs(self, pairs: Pairs) -> Pairs:
         """Encode all patches of a training step at once.
 

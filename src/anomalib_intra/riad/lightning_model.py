@@ -62,8 +62,8 @@ class RIAD(ReconstructionModule):
 
     Example:
         >>> model = RIAD(image_size=(32, 48), width=4).eval()
-        >>> model.model.reconstruct(torch.rand(1, 3, 32, 48)).shape
-        torch.Size([1, 3, 32, 48])
+        >>> model.model(torch.rand(1, 3, 32, 48)).inpainted.shape
+        torch.Size([1, 4, 3, 32, 48])
     """
 
     model: RIADModel
@@ -92,12 +92,11 @@ class RIAD(ReconstructionModule):
             evaluator=evaluator,
             visualizer=visualizer,
         )
-        asked = self.post_processor.asked_settings
-        if asked.setdefault("deviation", "raw") != "raw" or asked.setdefault("colour_weight", 0.0) != 0:
-            msg = "RIAD has a difference map of its own: leave deviation and colour_weight out of its post-processor."
-            raise ValueError(msg)
-        self.post_processor.deviation = "raw"
-        self.post_processor.raw_display_scale = None  # that of InTra is for squares of small differences
+        self.post_processor.expect_other_differences(
+            "RIAD has a difference map of its own: leave deviation and colour_weight out of its post-processor.",
+            deviation="raw",
+            colour_weight=0.0,
+        )
         self.learning_rate = learning_rate
         self.images_per_step = images_per_step
         self.model = RIADModel(self.image_size, cell_sizes, width)

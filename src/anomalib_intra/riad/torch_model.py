@@ -145,17 +145,6 @@ class RIADModel(nn.Module):
         inpainted = [self.inpaint(images, sets) for sets in self.sets.split(at_once)]
         return Inpainting(images, torch.cat(inpainted, dim=1))
 
-    def reconstruct(self, images: torch.Tensor) -> torch.Tensor:
-        """Give the mean of what was inpainted with cells of all sizes.
-
-        Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)`` or ``(B, 1, H, W)``.
-
-        Returns:
-            torch.Tensor: Reconstructions in [0, 1], shape ``(B, 3, H, W)``.
-        """
-        return self(images).inpainted.mean(dim=1)
-
     def inpaint(self, images: torch.Tensor, sets: torch.Tensor) -> torch.Tensor:
         """Hide one set of cells in each of three copies of an image, and put together what is painted there.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, how both are written."""
+"""Checkpoints that lose nothing: the best epoch's, the last one to resume from, how both are written, which counts."""
 
 import logging
 import shutil
@@ -12,7 +12,7 @@ import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
 from anomalib_intra.training.agreement import Agreement
 from anomalib_intra.training.atomic_file import write_atomically
@@ -228,6 +228,36 @@ def keep_last_and_best(trainer: Trainer, best: bool) -> list[Checkpoint]:
         return [LastCheckpoint(own.dirpath)]
     present.remove(own)
     return [BestCheckpoint(own.dirpath), LastCheckpoint(own.dirpath)]
+
+
+def keeper_of_the_best(trainer: Trainer) -> Any:
+    """Find the checkpoint callback whose best file is the outcome of a run.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Returns:
+        Any: The first that monitors something, or else the first; None where there is none.
+    """
+    keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)]
+    monitoring = [keeper for keeper in keepers if getattr(keeper, "monitor", None) is not None]
+    return next(iter([*monitoring, *keepers]), None)
+
+
+def weights_were_averaged(trainer: Trainer) -> bool:
+    """Tell whether stochastic weight averaging has put the mean of the last epochs' weights in the place of the last.
+
+    Args:
+        trainer (Trainer): The trainer, at the end of training.
+
+    Returns:
+        bool: Whether it has; not where training ended before its last epoch.
+    """
+    averaging = [callback for callback in trainer.callbacks if isinstance(callback, StochasticWeightAveraging)]  # type: ignore[attr-defined]
+    return any(
+        callback.n_averaged is not None and (trainer.max_epochs == -1 or trainer.current_epoch > callback.swa_end)
+        for callback in averaging
+    )
 
 
 def _is_in_the_engines_place(checkpoint: Any, trainer: Trainer) -> bool:

@@ -9,7 +9,7 @@ from pandas import DataFrame
 
 from anomalib_intra.benchmark.command import read_settings, run_missing
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
-from anomalib_intra.benchmark.published import STUDIES
+from anomalib_intra.experiments.ablations.published import STUDIES
 from anomalib_intra.experiments.ablations.tables import write_ablations
 
 

@@ -8,8 +8,8 @@ from pandas import DataFrame, concat
 
 from anomalib_intra.benchmark.job import BenchmarkRun
 from anomalib_intra.benchmark.machine import versions
-from anomalib_intra.benchmark.published import STUDIES
 from anomalib_intra.benchmark.tables import by_category, failures, markdown
+from anomalib_intra.experiments.ablations.published import STUDIES
 
 _TASKS = {"Det.": "image_AUROC", "Seg.": "pixel_AUROC"}
 _HEADING = (
@@ -24,8 +24,8 @@ def study_table(rows: DataFrame, study: str) -> DataFrame:
 
     Args:
         rows (DataFrame): Rows of runs that ended well, with ``model``, ``category``, ``seed`` and AUROC in 0 .. 1.
-        study (str): Its name. Those of :data:`~anomalib_intra.benchmark.published.STUDIES` get the paper's headings and
-            figures, others the names of their models.
+        study (str): Its name. Those of :data:`~anomalib_intra.experiments.ablations.published.STUDIES` get the
+            paper's headings and figures, others the names of their models.
 
     Returns:
         DataFrame: Percentages; a row for each category; columns ``Det. ...``, ``Seg. ...``, then those of the paper.

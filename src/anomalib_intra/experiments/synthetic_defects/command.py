@@ -15,7 +15,7 @@ from lightning.pytorch import seed_everything
 from pandas import DataFrame
 from torch.nn.functional import interpolate
 from torch.utils.data import Subset
-from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.classification import BinaryAUROC
 from torchvision.io import read_image
 from torchvision.utils import save_image
 
@@ -63,7 +63,7 @@ def synthetic_defects(
     for checkpoint in checkpoints:
         trained = model.load_from_checkpoint(checkpoint, visualizer=False, evaluator=False)
         post_processor: Any = trained.post_processor
-        post_processor.enable_normalization = True  # torchmetrics takes scores above 1 for logits
+        post_processor.enable_normalization = False  # that of most models clamps scores to [0, 1], which ties them
         engine = Engine(default_root_dir=output, logger=False, enable_progress_bar=False)
         batches: Any = engine.predict(trained, data_path=output / "images")
         rows.append({"checkpoint": str(checkpoint), **_figures(kinds, output / "masks", batches)})
@@ -148,10 +148,16 @@ def _figures(kinds: dict[str, str], masks: Path, batches: Iterable[ImageBatch]) 
             torch.cat([column[number].flatten() for number in chosen])
             for column in ([torch.tensor([int(one == kind)]) for one in of_item], scores, maps, truth)
         )
-        figures[f"image_{kind}"] = float(binary_auroc(values, labels))
-        figures[f"pixel_{kind}"] = float(binary_auroc(pixels, (is_defect > 0.5).int()))
+        figures[f"image_{kind}"] = _auroc(values, labels)
+        figures[f"pixel_{kind}"] = _auroc(pixels, (is_defect > 0.5).int())
     means = {
         f"{what}_AUROC": sum(figures[f"{what}_{kind}"] for kind in present) / len(present)
         for what in ("image", "pixel")
     }
     return means | figures
+
+
+def _auroc(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    metric = BinaryAUROC(normalization=None)  # by default, torchmetrics takes scores above 1 for logits
+    metric.update(scores, labels)
+    return float(metric.compute())
