@@ -26,6 +26,31 @@ def test_metrics_are_those_of_the_test_and_not_of_the_checkpoint(papers: str, de
     assert ("pixel_AUPRO" in metrics) == (papers == "tested")
 
 
+@pytest.mark.parametrize(
+    ("kept", "left_out", "absent"),
+    [
+        ("good", {"image_AUROC", "image_F1Score", "pixel_AUROC", "pixel_F1Score", "pixel_AUPRO"}, "anomalous"),
+        ("bad", {"image_AUROC", "image_F1Score", "good_PSNR"}, "normal"),
+    ],
+)
+def test_what_compares_both_kinds_of_images_is_left_out_of_a_test_of_one(
+    kept: str, left_out: set[str], absent: str, demo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Torchmetrics says 0 of them, as if the model had failed."""
+    model = tiny_intra(evaluator=PaperEvaluator())
+    data = TextureDemo(demo_root, num_workers=0)
+    engine = tiny_engine(tmp_path, max_epochs=1, limit_train_batches=1)
+    engine.fit(model, datamodule=data)
+    both = engine.test(model, datamodule=data)[0]
+    every = data.test_data.samples
+    data.test_data.samples = every[every.label_index == (kept == "bad")]
+    (metrics,) = engine.test(model, datamodule=data)
+    assert both.keys() - metrics.keys() == left_out
+    assert f"no {absent} images, so image_AUROC, image_F1Score" in caplog.text
+    data.test_data.samples = every
+    assert engine.test(model, datamodule=data)[0] == both  # nothing is left over from the test before
+
+
 @pytest.mark.parametrize("stage", ["test", "validation"])
 def test_raw_scores_rank_in_their_order_whichever_batches_they_come_in(stage: str) -> None:
     """Of scores above 1, torchmetrics takes those of the batch for logits, and 40 and 50 for the same."""

@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""anomalib's evaluator for scores in float64, and for a validation while training that cannot score all."""
+"""anomalib's evaluator for scores in float64, validations that cannot score all, and tests of one kind of images."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from anomalib.data import ImageBatch
-from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1AdaptiveThreshold, F1Max
-from torch.nn import ModuleList
+from anomalib.metrics import AUPR, AUPRO, AUROC, Evaluator, F1AdaptiveThreshold, F1Max, F1Score
+from lightning.pytorch.utilities import rank_zero_only
 
 from anomalib_intra.components.batch import UnroundedBatch
 from anomalib_intra.training.internals import expect_raw_scores
+
+logger = logging.getLogger(__name__)
 
 #: Metrics that compare scores with each other, which rounding would tie; all of them take float64.
 _RANKING = (AUROC, AUPR, AUPRO, F1Max, F1AdaptiveThreshold)
@@ -20,7 +24,9 @@ _DECISIONS = {"pred_label", "pred_mask"}
 
 
 class SelectiveEvaluator(Evaluator):
-    """Gives each metric what it can take, and computes none that the present validation cannot give.
+    """Gives each metric what it can take, and computes none that the present images cannot give.
+
+    A test of normal images alone has no AUROC: torchmetrics says 0, as if the model had failed.
 
     Metrics that compare scores with each other get scores and maps as they are, raw ones too; all others, some of which
     fail on float64, get them in float32.
@@ -40,6 +46,7 @@ class SelectiveEvaluator(Evaluator):
         for metric in (*self.val_metrics, *self.test_metrics):
             expect_raw_scores(metric)
         self._lacking: set[str] = set()
+        self._kinds: set[bool] = set()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Take nothing from a checkpoint: metrics begin anew in every run, and that run may have had others.
@@ -89,17 +96,40 @@ class SelectiveEvaluator(Evaluator):
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Compute and log them."""
-        every = self.val_metrics
-        self.val_metrics = ModuleList(self._possible())
-        super().on_validation_epoch_end(trainer, pl_module)
-        self.val_metrics = every
+        _log(trainer, pl_module, self._possible())
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin anew, also after a test that was broken off."""
+        del trainer, pl_module
+        self._kinds = set()
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Update the metrics of the test."""
         del trainer, pl_module, outputs, batch_idx, dataloader_idx
+        if batch.gt_label is not None:
+            self._kinds.update(torch.as_tensor(batch.gt_label).bool().flatten().tolist())
         _update(self.test_metrics, batch)
+
+    def on_test_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Compute and log them, but for those that compare normal with anomalous images where one kind is missing."""
+        normal, anomalous = (
+            trainer.strategy.reduce_boolean_decision(kind in self._kinds, all=False) for kind in (False, True)
+        )
+        possible: list[Any] = []
+        left_out: list[Any] = []
+        for metric in self.test_metrics:
+            (left_out if normal != anomalous and _compares(metric, anomalous) else possible).append(metric)
+        if left_out:
+            rank_zero_only(logger.warning)(
+                "The test has no %s images, so %s cannot be computed: there is nothing to compare the others with.",
+                "anomalous" if normal else "normal",
+                ", ".join(str(metric.name) for metric in left_out),
+            )
+        _log(trainer, pl_module, possible)
+        for metric in left_out:
+            metric.reset()  # which Lightning does to those that are logged
 
     def _possible(self) -> list[Any]:
         return [metric for metric in self.val_metrics if metric.name not in self._lacking]
@@ -123,6 +153,21 @@ def _update(metrics: Any, batch: ImageBatch) -> None:
     rounded = batch.rounded() if isinstance(batch, UnroundedBatch) else batch
     for metric in metrics:
         metric.update(batch if isinstance(metric, _RANKING) else rounded)
+
+
+def _log(trainer: Any, pl_module: Any, metrics: list[Any]) -> None:
+    # As anomalib's evaluator does it. Lightning knows a metric by its place among the others, so none is taken out.
+    for metric in metrics:
+        pl_module.log(metric.name, metric)
+        if trainer.barebones:
+            trainer.callback_metrics[metric.name] = trainer.logged_metrics[metric.name] = metric.compute()
+
+
+def _compares(metric: Any, anomalous: bool) -> bool:
+    """Whether a metric compares normal with anomalous images, or pixels where all are of one kind."""
+    # An anomalous image has normal pixels, too.
+    truth = {"gt_label"} if anomalous else {"gt_label", "gt_mask"}
+    return isinstance(metric, (*_RANKING, F1Score)) and bool(truth & set(_fields(metric)))
 
 
 def _fields(metric: Any) -> list[str]:

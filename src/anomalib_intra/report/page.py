@@ -62,7 +62,6 @@ def render(
     """
     images = record.frame()
     counts = _counts(images)
-    absent, meaningless = _without_a_kind(counts, metrics)
     return _fill(
         "page.html",
         title=title,
@@ -73,11 +72,8 @@ def render(
             "unscored": int(images.score.isna().sum()),
         },
         threshold=threshold,
-        metrics=[
-            (*_IN_WORDS.get(name, (name, "")), value) for name, value in metrics.items() if name not in meaningless
-        ],
-        absent=absent,
-        meaningless=[_IN_WORDS[name][0] for name in meaningless],
+        metrics=[(*_IN_WORDS.get(name, (name, "")), value) for name, value in metrics.items()],
+        absent=_absent_kind(counts),
         histogram=_inline(score_histogram(images, threshold), "Histogram of the anomaly scores"),
         curves=_inline(training_curves(losses), "Training and validation loss of every epoch"),
         kinds=record.by_kind().to_dict("records"),
@@ -165,14 +161,10 @@ def _counts(images: DataFrame) -> dict[str, int]:
     }
 
 
-def _without_a_kind(counts: Mapping[str, int], metrics: Mapping[str, float]) -> tuple[str, list[str]]:
-    """Tell which kind of images a test lacks, if one, and which metrics are 0 or 1 for that alone."""
+def _absent_kind(counts: Mapping[str, int]) -> str:
     if bool(counts["normal"]) == bool(counts["anomalous"]):
-        return "", []
-    # An anomalous image has normal pixels, too.
-    compare = ("image_", "pixel_") if counts["normal"] else ("image_",)
-    absent = "anomalous" if counts["normal"] else "normal"
-    return absent, [name for name in metrics if name in _IN_WORDS and name.startswith(compare)]
+        return ""
+    return "anomalous" if counts["normal"] else "normal"
 
 
 def _inline(figure: Figure | None, description: str) -> Markup | None:
