@@ -150,6 +150,32 @@ def test_gradients_are_finite_where_images_are_constant() -> None:
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
 
 
+@pytest.mark.parametrize(("size", "patch_size"), [((10, 10), 5), ((12, 10), 2), ((16, 16), 8)])
+def test_the_loss_is_finite_at_the_smallest_sizes(size: tuple[int, int], patch_size: int) -> None:
+    model = tiny_one_pass(image_size=size, patch_size=patch_size, radii=(0,))
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    samples = sample_images(images, 1, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    for _ in range(5):
+        loss = model.loss_of(samples)
+        loss.backward()
+        assert loss.isfinite()
+    assert all(weight.grad.isfinite().all() for weight in model.model.parameters())
+    assert model.compare(images).difference.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size", "works"),
+    [((8, 512), 8, (16, 512)), ((3, 512), 8, (16, 512)), ((8, 8), 8, (16, 16)), ((10, 8), 2, (10, 10))],
+)
+def test_sizes_whose_loss_would_not_be_finite_are_refused_and_the_nearest_that_works_is_named(
+    size: tuple[int, int], patch_size: int, works: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}.*nearest size that works is {works[0]} x {works[1]}"):
+        tiny_one_pass(image_size=size, patch_size=patch_size, radii=(0,))
+    tiny_one_pass(image_size=works, patch_size=patch_size, radii=(0,))
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(
     trained_one_pass: Run, demo: TextureDemo, tmp_path: Path
 ) -> None:
