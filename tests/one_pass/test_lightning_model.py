@@ -190,6 +190,13 @@ def test_a_loss_is_that_of_clean_images_painted_from_spoiled_ones(monkeypatch: p
     assert min(map(radii.count, set(radii))) >= 8
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_are_flipped_only_where_asked_for(augment: bool) -> None:
+    images = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    samples = tiny_one_pass(augment=augment).sampling.sample(images, 1, torch.Generator().manual_seed(0))
+    assert torch.equal(cut_images(samples), images[samples.index]) != augment
+
+
 @pytest.mark.parametrize(("size", "patch_size"), [((10, 10), 5), ((12, 10), 2), ((16, 16), 8)])
 def test_the_loss_is_finite_at_the_smallest_sizes(size: tuple[int, int], patch_size: int) -> None:
     model = tiny_one_pass(image_size=size, patch_size=patch_size, radii=(0,))
