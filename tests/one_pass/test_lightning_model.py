@@ -223,6 +223,17 @@ def test_sizes_whose_loss_would_not_be_finite_are_refused_and_the_nearest_that_w
     tiny_one_pass(image_size=works, patch_size=patch_size, radii=(0,))
 
 
+def test_a_model_with_a_radius_that_hides_nothing_learns_and_scores(few: TextureDemo, tmp_path: Path) -> None:
+    model, engine = tiny_one_pass(radii=(-1, 0, 1)), tiny_engine(tmp_path, max_steps=3, logger=False)
+    seed_everything(0)
+    (metrics,) = engine.train(model, datamodule=few)
+    assert all(loss == loss for row in model.losses for loss in row.values())
+    assert 0 < metrics["pixel_AUROC"] <= 1
+    scores = torch.cat([batch.pred_score for batch in engine.predict(model, datamodule=few)])
+    assert scores.isfinite().all()
+    assert len(scores.unique()) > 1
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(
     trained_one_pass: Run, demo: TextureDemo, tmp_path: Path
 ) -> None:
