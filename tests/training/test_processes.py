@@ -110,7 +110,7 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     if kind == "intra":
         model = tiny_intra(patience=2, visualizer=True)
     elif kind == "one_pass":
-        # Every process spoils its images for itself, draws its radius, and the light; without that, too.
+        # Every process spoils and lights its images for itself and draws its radius; without that, too.
         one_pass.spoil = blackened
         model = tiny_one_pass(images_per_step=6, radii=(1,), vary_light=False, visualizer=True)
     else:
