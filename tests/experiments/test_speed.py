@@ -101,6 +101,18 @@ def test_an_image_of_the_one_pass_model_costs_what_its_layers_and_its_attention_
     assert flops_of_an_image(model, (0, 1, 2)) == 2 * (content + 3 * each_radius)
 
 
+def test_a_pixel_of_a_larger_image_costs_little_more(monkeypatch) -> None:
+    monkeypatch.setattr(
+        "anomalib_intra.one_pass.torch_model.check_range", lambda _: None
+    )  # nothing is there to look at
+    of_a_pixel = {}
+    for side in (256, 512, 1024):
+        with torch.device("meta"):
+            of_a_pixel[side] = flops_of_an_image(OnePassTransformer((side, side)), (0, 1, 2)) / side**2
+    assert of_a_pixel[512] < 1.2 * of_a_pixel[256]
+    assert of_a_pixel[1024] < 1.8 * of_a_pixel[256]
+
+
 def test_plain_attention_is_the_same_attention() -> None:
     model = OnePassTransformer((64, 64), embed_dim=32, depth=2, num_heads=4)
     images = torch.rand(2, 3, 64, 64)

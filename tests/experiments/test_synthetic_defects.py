@@ -125,16 +125,20 @@ def test_images_of_several_sizes_and_plain_ones_are_no_hindrance(
     assert re.search(r"good/[1357].png is left out of the kind: A defect of the kind bent cannot be seen", caplog.text)
 
 
-def test_a_trained_model_is_ranked_above_one_that_is_not(trained_intra: Run, demo_root: Path, tmp_path: Path) -> None:
-    checkpoint = torch.load(trained_intra.checkpoint, weights_only=False)
+@pytest.mark.parametrize("trained", ["trained_intra", "trained_one_pass", "trained_riad", "trained_patch_svdd"])
+def test_a_trained_model_is_ranked_above_one_that_is_not(
+    trained: str, few_root: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    run: Run = request.getfixturevalue(trained)
+    checkpoint = torch.load(run.checkpoint, weights_only=False)
     for name, weight in checkpoint["state_dict"].items():
         if name.startswith("model.") and weight.is_floating_point():
             checkpoint["state_dict"][name] = torch.zeros_like(weight)
     torch.save(checkpoint, tmp_path / "blank.ckpt")
-    both = [tmp_path / "blank.ckpt", Path(trained_intra.checkpoint)]
-    data = TextureDemo(demo_root, num_workers=0)
-    table = synthetic_defects(InTra, both, data, output=tmp_path / "out")
-    assert table["checkpoint"].tolist() == [str(trained_intra.checkpoint), str(tmp_path / "blank.ckpt")]
+    both = [tmp_path / "blank.ckpt", run.checkpoint]
+    data = TextureDemo(few_root, num_workers=0)
+    table = synthetic_defects(type(run.model), both, data, output=tmp_path / "out")
+    assert table["checkpoint"].tolist() == [str(run.checkpoint), str(tmp_path / "blank.ckpt")]
     assert table["pixel_AUROC"][0] > table["pixel_AUROC"][1] + 0.1
     assert (table.drop(columns="checkpoint") <= 1).all(axis=None)
     written = pd.read_csv(tmp_path / "out/synthetic-defects.csv")

@@ -12,8 +12,11 @@ from torch.utils.data import DataLoader
 
 from anomalib_intra import InTraPostProcessor, OnePassInTra, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
-from anomalib_intra.data.images import sample_images
+from anomalib_intra.data.images import cut_images, sample_images
 from anomalib_intra.one_pass import lightning_model
+from anomalib_intra.one_pass.comparison import comparison_loss
+from anomalib_intra.one_pass.loss import PaintingLoss
+from anomalib_intra.one_pass.torch_model import Painting
 from anomalib_intra.training import checkpoints
 
 from ..conftest import Run, tiny_engine, tiny_one_pass
@@ -148,6 +151,87 @@ def test_gradients_are_finite_where_images_are_constant() -> None:
         loss.backward()
         assert loss.isfinite()
     assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_a_loss_is_that_of_clean_images_painted_from_spoiled_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given, seen = tiny_one_pass(vary_light=False), [], []
+    images = torch.linspace(0.2, 0.8, 4)[:, None, None, None].expand(-1, 3, 64, 64)
+    samples = sample_images(images, 1, torch.Generator().manual_seed(0), augment=False)
+    clean, replaced = cut_images(samples), torch.zeros(4, 1, 64, 64)
+    replaced[..., 10:30, 20:40] = 1
+
+    def blacken(*given_to_it: torch.Tensor | float) -> tuple[torch.Tensor, torch.Tensor]:
+        given.append(given_to_it)
+        return given_to_it[0] * (1 - replaced), replaced
+
+    def paint(spoiled: torch.Tensor, radii: tuple[int, ...]) -> Painting:
+        assert torch.equal(spoiled, clean * (1 - replaced))
+        seen.append((radii, painting := original(spoiled, radii)))
+        return painting
+
+    original = model.model.paint
+    monkeypatch.setattr(model.model, "paint", paint)
+    monkeypatch.setattr(lightning_model, "spoil", blacken)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        losses = [model.loss_of(samples) for _ in range(60)]
+        (_, painting), spoiled = seen[0], clean * (1 - replaced)
+        of_both = (logits[:, 0] for logits in (painting.of_patches, painting.of_pixels))
+        expected = PaintingLoss()(clean, painting.painted[:, 0]) + comparison_loss(*of_both, clean, spoiled, replaced)
+    torch.testing.assert_close(losses[0], expected)
+    assert all(torch.equal(images_given, clean) and share == 0.85 for images_given, _, share in given)
+
+    donors = torch.stack([donors for _, donors, _ in given])
+    assert set(donors.unique().tolist()) == set(images.unique().tolist())  # of the batch, whole
+    assert (donors.amax(dim=(2, 3, 4)) == donors.amin(dim=(2, 3, 4))).all()
+    assert 0.6 < (donors != clean).any(dim=(2, 3, 4)).float().mean() < 0.9  # three quarters are of another image
+    radii = [radii for radii, _ in seen]
+    assert set(radii) == {(0,), (1,), (2,)}
+    assert min(map(radii.count, set(radii))) >= 8
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_images_are_flipped_only_where_asked_for(augment: bool) -> None:
+    images = torch.rand(20, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    samples = tiny_one_pass(augment=augment).sampling.sample(images, 1, torch.Generator().manual_seed(0))
+    assert torch.equal(cut_images(samples), images[samples.index]) != augment
+
+
+@pytest.mark.parametrize(("size", "patch_size"), [((10, 10), 5), ((12, 10), 2), ((16, 16), 8)])
+def test_the_loss_is_finite_at_the_smallest_sizes(size: tuple[int, int], patch_size: int) -> None:
+    model = tiny_one_pass(image_size=size, patch_size=patch_size, radii=(0,))
+    images = torch.rand(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    samples = sample_images(images, 1, torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    for _ in range(5):
+        loss = model.loss_of(samples)
+        loss.backward()
+        assert loss.isfinite()
+    assert all(weight.grad.isfinite().all() for weight in model.model.parameters())
+    assert model.compare(images).difference.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("size", "patch_size", "works"),
+    [((8, 512), 8, (16, 512)), ((3, 512), 8, (16, 512)), ((8, 8), 8, (16, 16)), ((10, 8), 2, (10, 10))],
+)
+def test_sizes_whose_loss_would_not_be_finite_are_refused_and_the_nearest_that_works_is_named(
+    size: tuple[int, int], patch_size: int, works: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match=f"{size[0]} x {size[1]}.*nearest size that works is {works[0]} x {works[1]}"):
+        tiny_one_pass(image_size=size, patch_size=patch_size, radii=(0,))
+    tiny_one_pass(image_size=works, patch_size=patch_size, radii=(0,))
+
+
+def test_a_model_with_a_radius_that_hides_nothing_learns_and_scores(few: TextureDemo, tmp_path: Path) -> None:
+    model, engine = tiny_one_pass(radii=(-1, 0, 1)), tiny_engine(tmp_path, max_steps=3, logger=False)
+    seed_everything(0)
+    (metrics,) = engine.train(model, datamodule=few)
+    assert all(loss == loss for row in model.losses for loss in row.values())
+    assert 0 < metrics["pixel_AUROC"] <= 1
+    scores = torch.cat([batch.pred_score for batch in engine.predict(model, datamodule=few)])
+    assert scores.isfinite().all()
+    assert len(scores.unique()) > 1
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(

@@ -97,9 +97,9 @@ def autocast(enabled):
     return torch.autocast("cpu", torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
-def hole(t, u, radius, grid):
+def hole(t, u, radius, grid, patch_size=K):
     """Of the pixels of an image: those of the patches within the radius of (t, u)."""
-    i, j = (torch.arange(length * K) // K for length in grid)
+    i, j = (torch.arange(length * patch_size) // patch_size for length in grid)
     return ((i - t).abs() <= radius)[:, None] & ((j - u).abs() <= radius)[None]
 
 
@@ -330,6 +330,32 @@ def test_heads_that_do_not_divide_the_dimension_are_refused():
         OnePassTransformer((64, 64), embed_dim=8, num_heads=3)
 
 
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("size", [(512, 512), (200, 328)], ids=["blocks that fit", "blocks over the edge"])
+def test_large_images_are_painted_blindly_and_teach(size, amp):
+    model = OnePassTransformer(size, embed_dim=16, depth=1)
+    far_from_zero(model, 0)
+    images = rand(1, 3, *size, seed=1, dtype=torch.float32)
+
+    def paint(images):
+        with autocast(amp), torch.no_grad():
+            return model(images).painted
+
+    before = paint(images)
+    assert before.isfinite().all()
+    rows, columns = grid = size[0] // 8, size[1] // 8
+    for t, u in ((0, 0), (rows // 2, columns // 2)):
+        for number, radius in enumerate(model.radii):
+            own = (0, number, slice(None), slice(8 * t, 8 * t + 8), slice(8 * u, 8 * u + 8))
+            after = paint(torch.where(hole(t, u, radius, grid, patch_size=8), 1 - images, images))
+            assert torch.equal(before[own], after[own])
+            assert not torch.equal(before, after)
+    with autocast(amp):
+        _, *outputs = model(images)
+    sum(x.float().square().mean() for x in outputs).backward()
+    assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("size", [256, 320, 512])
 def test_common_sizes_are_built(size):
     with torch.device("meta"):
@@ -374,8 +400,10 @@ def test_most_heads_begin_with_a_side_of_the_ring_each():
 # ---- export ----------------------------------------------------------------------------------------------------------
 
 
-def test_exported_to_onnx_it_paints_the_same_and_stays_blind(tmp_path):
-    model = build(radii=(0, 2)).float()
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model, and the ONNX file of what it paints."""
+    model = build().float()
 
     class Painted(torch.nn.Module):
         def __init__(self):
@@ -385,7 +413,7 @@ def test_exported_to_onnx_it_paints_the_same_and_stays_blind(tmp_path):
         def forward(self, images):
             return self.model(images).painted
 
-    path = tmp_path / "model.onnx"
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     torch.onnx.export(
         Painted().eval(),
         (rand(2, 3, 14, 20, dtype=torch.float32),),
@@ -395,19 +423,39 @@ def test_exported_to_onnx_it_paints_the_same_and_stays_blind(tmp_path):
         dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
-    session = onnxruntime.InferenceSession(path)
+    return model, path
 
-    def run(images):
-        return session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
 
+def runner(path, runtime):
+    """What runs an ONNX file: ONNX Runtime, or OpenVINO in a precision."""
+    if runtime == "onnxruntime":
+        session = onnxruntime.InferenceSession(path)
+        return lambda images: session.run(None, {session.get_inputs()[0].name: images.numpy()})[0]
+    core = pytest.importorskip("openvino").Core()
+    if runtime == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("This processor does not compute in bf16.")
+    compiled = core.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": runtime})
+    return lambda images: compiled(images.numpy())[0].astype(np.float32)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "f32", "bf16"])
+def test_exported_to_onnx_it_paints_the_same_and_stays_blind(runtime, exported):
+    model, path = exported
+    run = runner(path, runtime)
+    tolerance = 0.1 if runtime == "bf16" else 1e-4
     for batch in (1, 3):
         images = rand(batch, 3, 14, 20, seed=batch, dtype=torch.float32)
-        np.testing.assert_allclose(run(images), model(images).painted.detach().numpy(), rtol=1e-4, atol=1e-4)
+        expected = model(images).painted.detach().numpy()
+        np.testing.assert_allclose(run(images), expected, rtol=tolerance, atol=tolerance)
     images = rand(1, 3, 14, 20, dtype=torch.float32)
     before = run(images)
     for number, radius in enumerate(model.radii):
         for t, u in PLACES:
-            after = run(torch.where(hole(t, u, radius, (7, 10)), 1 - images, images))
+            inside = hole(t, u, radius, (7, 10))
             own = (0, number, slice(None), slice(t * K, (t + 1) * K), slice(u * K, (u + 1) * K))
+            after = run(torch.where(inside, 1 - images, images))
             np.testing.assert_array_equal(before[own], after[own])
-            assert (before != after).any()
+            if (t, u) == (3, 4):
+                for other in [(v, w) for v in range(7) for w in range(10) if not inside[v * K, w * K]]:
+                    after = run(torch.where(hole(*other, 0, (7, 10)), 1 - images, images))
+                    assert (before[own] != after[own]).any(), (radius, other)

@@ -2,7 +2,9 @@
 """Attention of all patches of an image to what lies outside the hole around each: near patches alone, far ones pooled.
 
 The patches are taken in square blocks. A query sees the patches of its own block and of the eight around it one by one,
-and each other block as one token, the mean of its patches. So the cost is near-linear in the number of patches.
+and each other block as one token, the mean of its patches. The work on near patches grows with the number of patches,
+that on far blocks with its square: with the defaults, a pixel costs 14 % more at 512 x 512 than at 256 x 256, and 1.7
+times as much at 1024 x 1024.
 """
 
 import torch

@@ -28,7 +28,7 @@ from anomalib_intra.data.images import ImageSamples, cut_images, sample_images
 from anomalib_intra.data.samples import as_fractions
 from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
 from anomalib_intra.one_pass.comparison import comparison_loss
-from anomalib_intra.one_pass.loss import PaintingLoss
+from anomalib_intra.one_pass.loss import SHORTEST_SIDE, PaintingLoss
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
 from anomalib_intra.training.command_line import as_commanded
@@ -51,7 +51,8 @@ class OnePassInTra(ReconstructionModule):
     to tell spoiled patches and pixels from the others by what was expected in their place.
 
     Args:
-        image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``.
+        image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``, at
+            least 10.
         patch_size (int): Side length K of a patch in pixels.
         embed_dim (int): Latent dimension D.
         depth (int): Number n of transformer blocks.
@@ -133,7 +134,8 @@ class OnePassInTra(ReconstructionModule):
         self.augment = augment
         self.rotate = rotate
         self.vary_light = vary_light
-        self.model = OnePassTransformer(self.image_size, patch_size, embed_dim, depth, num_heads, radii=tuple(radii))
+        sizes = (patch_size, embed_dim, depth, num_heads)
+        self.model = OnePassTransformer(self.image_size, *sizes, radii=tuple(radii), shortest_side=SHORTEST_SIDE)
         self.loss = PaintingLoss(alpha, beta)
         self._seconds = 0.0
         self._step_started: float | None = None

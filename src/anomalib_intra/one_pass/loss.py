@@ -6,7 +6,10 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from anomalib_intra.components.anomaly_map import halve
-from anomalib_intra.components.similarity import gms_difference, ssim_difference
+from anomalib_intra.components.similarity import SSIM_WINDOW, gms_difference, ssim_difference
+
+#: Fewest pixels of a side: at half scale, a window of SSIM must lie inside.
+SHORTEST_SIDE = 2 * SSIM_WINDOW
 
 
 class PaintingLoss(nn.Module):
@@ -31,7 +34,7 @@ class PaintingLoss(nn.Module):
         """Compare painted images with the original ones.
 
         Args:
-            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)`` with sides of at least 20 pixels.
+            images (torch.Tensor): Images in [0, 1], shape ``(B, 3, H, W)`` with sides of at least 10 pixels.
             painted (torch.Tensor): Painted images, shape ``(B, 3, H, W)``.
 
         Returns:
