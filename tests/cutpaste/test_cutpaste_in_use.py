@@ -74,6 +74,12 @@ def test_gaussian_is_that_of_the_training_images_with_the_weights_that_are_teste
     assert not torch.isnan(model.post_processor.image_threshold)
 
 
+def test_the_optimizer_is_that_of_the_paper() -> None:
+    optimizer = tiny().configure_optimizers()["optimizer"]
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["momentum"], optimizer.defaults["weight_decay"]) == (0.9, 3e-5)
+
+
 def batches_of(normal: torch.Tensor) -> list[ImageBatch]:
     """A batch of normal images, and one without."""
     return [ImageBatch(image=normal), ImageBatch(image=torch.rand(1, 3, 64, 64), gt_label=torch.tensor([1]))]
