@@ -14,7 +14,7 @@ import torch
 from anomalib.engine import Engine
 from lightning.pytorch import seed_everything
 
-from anomalib_intra import RIAD, InTra, OnePassInTra, PatchSVDD, TextureDemo
+from anomalib_intra import RIAD, CutPaste, InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.training.console import WholeLines
@@ -126,10 +126,15 @@ def tiny_riad(**kwargs: object) -> RIAD:
     return RIAD(**{"image_size": (64, 64), "cell_sizes": (4, 16), "width": 4, "learning_rate": 3e-3, **kwargs})
 
 
+def tiny_cutpaste(**kwargs: object) -> CutPaste:
+    tiny = {"image_size": (64, 64), "samples_per_image": 1, "images_per_step": 6, "visualizer": False}
+    return CutPaste(**{**tiny, **kwargs})
+
+
 class Run(NamedTuple):
     """A training and a test that are over; who changes the model takes a copy or loads the checkpoint."""
 
-    model: InTra | OnePassInTra | PatchSVDD | RIAD
+    model: InTra | OnePassInTra | PatchSVDD | RIAD | CutPaste
     folder: Path
     metrics: dict[str, float]
 
@@ -138,7 +143,9 @@ class Run(NamedTuple):
         return self.folder / "weights/lightning/model.ckpt"
 
 
-def train_and_test(model: InTra | OnePassInTra | PatchSVDD | RIAD, root: Path, data_root: Path, max_epochs: int) -> Run:
+def train_and_test(
+    model: InTra | OnePassInTra | PatchSVDD | RIAD | CutPaste, root: Path, data_root: Path, max_epochs: int
+) -> Run:
     engine = tiny_engine(root, max_epochs=max_epochs)
     (metrics,) = engine.train(model, datamodule=TextureDemo(data_root, num_workers=0))
     return Run(model, Path(engine.trainer.default_root_dir), metrics)
@@ -172,6 +179,14 @@ def trained_riad(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Ru
     """A tiny RIAD, trained for a few epochs on a few images and tested, with pictures and report."""
     seed_everything(0)
     return train_and_test(tiny_riad(), tmp_path_factory.mktemp("riad"), few_root, max_epochs=12)
+
+
+@pytest.fixture(scope="session")
+def trained_cutpaste(few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A CutPaste of patches, which are small and so train fast: 108 steps in six epochs, and tested."""
+    seed_everything(0)
+    model = tiny_cutpaste(patch_size=32, learning_rate=0.1, samples_per_image=8, images_per_step=8)
+    return train_and_test(model, tmp_path_factory.mktemp("cutpaste"), few_root, max_epochs=6)
 
 
 class InThisProcess:

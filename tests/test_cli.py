@@ -95,5 +95,22 @@ def test_configs_of_rivals_hold_the_defaults(
     assert {metric.name for metric in built.model.evaluator.test_metrics} == PAPER_METRICS
 
 
+@pytest.mark.parametrize(
+    ("config", "epochs", "of_paper"),
+    [
+        ("patch_svdd", 300, {"pairs_per_image": 100}),
+        ("riad", 300, {"cell_sizes": [2, 4, 8, 16], "width": 64, "learning_rate": 1e-4, "images_per_step": 4}),
+        # 32 images in their three forms: batches of 96.
+        ("cutpaste", 256, {"patch_size": None, "learning_rate": 0.03, "images_per_step": 32}),
+    ],
+)
+def test_configs_of_rivals_are_those_of_their_papers(config: str, epochs: int, of_paper: dict) -> None:
+    written = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    assert written["trainer"]["max_epochs"] == epochs
+    given = written["model"]["init_args"]
+    assert {name: given[name] for name in of_paper} == of_paper
+    assert given["image_size"] == [256, 256]
+
+
 def test_there_is_a_config_for_every_category() -> None:
     assert {path.stem for path in (CONFIGS / "mvtec").glob("*.yaml")} == set(SIZES) == set(MVTec.categories)

@@ -526,6 +526,10 @@ def test_page_begins_with_advice_a_summary_and_the_chart_against_time(tmp_path: 
     assert cells["B"] == ["-", "-", "-", "0.0", "4.0", "1 of 2", "features"]
     legend = [text.get_text() for text in chart_of_time(rows).legends[0].get_texts()]
     assert legend == ["A", "B (1 of 2)"]
+    warning = "Rows are of 2 devices (card; processor, 1 thread): do not compare their times."
+    for devices, warns in ((["card"] * 3, False), (["card", "processor, 1 thread", None], True)):
+        page = write_page(rows.assign(device=devices), {"benchmark": {}}, tmp_path).read_text()
+        assert (warning in page.split("## ")[0]) == ("do not compare" in page) == warns
 
 
 def test_page_of_failures_alone(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from kornia.color import rgb_to_hsv
 from sklearn.covariance import OAS
 
 from anomalib_intra.cutpaste import augmentation
@@ -145,6 +146,24 @@ def test_colours_change_by_no_more_than_a_tenth(monkeypatch) -> None:
     change = ThreeForms((64, 64))(grey)[0][:COUNT] - 0.5
     # Of grey that is even, contrast, saturation and hue change nothing.
     assert 0.045 < change.abs().max() <= 0.05 + 1e-5
+    jitter = ThreeForms((64, 64)).jitter
+    assert [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue] == [0.1] * 4
+
+
+def test_what_is_pasted_has_a_colour_of_its_own() -> None:
+    """On an even image nothing else would be seen; hue is moved by hue alone, value by the other three."""
+    even = torch.tensor([0.3, 0.6, 0.4])[:, None, None].expand(COUNT, 3, 64, 64)
+    normal, *spoiled = ThreeForms((64, 64))(even)[0].chunk(3)
+    hue, _, value = rgb_to_hsv(normal).unbind(dim=1)
+    for form in spoiled:
+        pasted = (form != normal).any(dim=1)
+        assert pasted.any(dim=(1, 2)).all()
+        its_hue, _, its_value = rgb_to_hsv(form).unbind(dim=1)
+        turns = (its_hue - hue)[pasted] / (2 * math.pi)
+        ratios = (its_value / value)[pasted]
+        assert 0.09 < turns.abs().max() <= 0.1 + 1e-4
+        assert 0.9**3 < ratios.min() < 0.92
+        assert 1.08 < ratios.max() < 1.1**3
 
 
 # ---- Gaussian --------------------------------------------------------------------------------------------------------

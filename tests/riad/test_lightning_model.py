@@ -101,6 +101,12 @@ def test_a_run_that_was_cut_ends_as_an_uncut_one_bit_for_bit(few_root: Path, tmp
         assert torch.equal(value.nan_to_num(), resumed.state_dict()[name].nan_to_num()), name
 
 
+def test_the_optimizer_is_plain_adam() -> None:
+    optimizer = tiny_riad().configure_optimizers()["optimizer"]
+    assert type(optimizer) is torch.optim.Adam
+    assert optimizer.defaults["weight_decay"] == 0
+
+
 @pytest.mark.parametrize(
     "trainer",
     [{"max_epochs": 6}, {"max_steps": 12, "max_epochs": -1}, {"max_epochs": 12, "accumulate_grad_batches": 5}],

@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torchvision.ops import Conv2dNormActivation
 
 from anomalib_intra.riad.loss import RIADLoss
 from anomalib_intra.riad.masks import draw_sets
@@ -118,6 +120,12 @@ def test_the_network_has_the_channels_of_the_paper():
     channels = [block[-1][0].out_channels for block in unet.down]
     assert channels == [64, 128, 256, 512, 512]
     assert [block[0][0].stride for block in unet.down] == [(1, 1), *[(2, 2)] * 4]
+    # Each stage up joins its own channels with as many that skipped the coarser ones.
+    joined = [(block.upsample.out_channels, block.join[0][0].in_channels) for block in unet.up]
+    assert joined == [(512, 1024), (256, 512), (128, 256), (64, 128)]
+    blocks = [layer for layer in unet.modules() if isinstance(layer, Conv2dNormActivation)]
+    assert len(blocks) == 18
+    assert all([type(part) for part in block] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU] for block in blocks)
 
 
 # ---- loss and map ----------------------------------------------------------------------------------------------------

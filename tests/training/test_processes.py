@@ -16,13 +16,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader
 
-from anomalib_intra import InTra, OnePassInTra, PatchSVDD, TextureDemo
+from anomalib_intra import RIAD, CutPaste, InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.data.normal_images import NormalImages, Share
 from anomalib_intra.one_pass import lightning_model as one_pass
 from anomalib_intra.training import agreement as agreement_module
 from anomalib_intra.training.agreement import Agreement
 
-from ..conftest import tiny_engine, tiny_intra, tiny_one_pass
+from ..conftest import tiny_cutpaste, tiny_engine, tiny_intra, tiny_one_pass, tiny_riad
 from ..data.test_samples import CountingImages, loader_of, samples_of
 
 WORLD = 2
@@ -99,7 +99,15 @@ def blackened(images: torch.Tensor, donors: torch.Tensor, share: float) -> tuple
     return images * (1 - replaced), replaced
 
 
-def weights_of(model: InTra | OnePassInTra | PatchSVDD) -> torch.Tensor:
+def mean_of(model: InTra | OnePassInTra | PatchSVDD | RIAD | CutPaste) -> list[float]:
+    """What a model has learned of normal images; RIAD learns thresholds alone."""
+    if isinstance(model, PatchSVDD):
+        return model.model.mean_image.flatten().tolist()
+    mean = model.model.gaussian.mean if isinstance(model, CutPaste) else model.post_processor.training_mean
+    return mean.flatten().tolist()
+
+
+def weights_of(model: InTra | OnePassInTra | PatchSVDD | RIAD | CutPaste) -> torch.Tensor:
     return parameters_to_vector(model.model.parameters()).detach()
 
 
@@ -113,6 +121,10 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
         # Every process spoils and lights its images for itself and draws its radius; without that, too.
         one_pass.spoil = blackened
         model = tiny_one_pass(images_per_step=6, radii=(1,), vary_light=False, visualizer=True)
+    elif kind == "riad":
+        model = tiny_riad(images_per_step=6)
+    elif kind == "cutpaste":
+        model = tiny_cutpaste(visualizer=True)
     else:
         model = PatchSVDD((128, 128), pairs_per_image=2, pair_batch_size=32)
         # Every process draws the noise of its patches for itself; without it, the steps must be those of one process.
@@ -121,15 +133,14 @@ def run(kind: str, root: Path, demo_root: Path, devices: int) -> dict:
     # 18 training images, 2 held out, 16 test images.
     datamodule = TextureDemo(demo_root, num_workers=0, eval_batch_size=7)
     several = {"strategy": "ddp", "devices": devices} if devices > 1 else {}
-    epochs = {"intra": 3, "one_pass": 2, "patch_svdd": 1}[kind]
+    epochs = {"intra": 3, "one_pass": 2, "riad": 3, "cutpaste": 1, "patch_svdd": 1}[kind]
     engine = tiny_engine(root, callbacks=[log], max_epochs=epochs, logger=False, **several)
     results = engine.train(model, datamodule=datamodule)
     processor = model.post_processor
-    mean = model.model.mean_image if kind == "patch_svdd" else processor.training_mean
     return {
         **log.seen,
         "metrics": results[0],
-        "mean": mean.flatten().tolist(),
+        "mean": mean_of(model),
         "thresholds": [float(processor.image_threshold), float(processor.pixel_threshold)],
         "weights": weights_of(model),
         "moved": float((weights_of(model) - before).norm()),
@@ -251,10 +262,10 @@ def test_a_time_is_up_for_all_processes_at_one_step(kind: str, few_root: Path, t
     assert torch.equal(first["weights"], second["weights"])
 
 
-@pytest.fixture(
-    scope="module",
-    params=["intra", "one_pass", pytest.param("patch_svdd", marks=pytest.mark.slow)],
-)
+PATCH_SVDD = pytest.param("patch_svdd", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["intra", "one_pass", "riad", "cutpaste", PATCH_SVDD])
 def runs(request, few_root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, list[dict]]:
     kind, root = request.param, tmp_path_factory.mktemp("processes")
     done = subprocess.run(timeout=500, **command(kind, root / "several", few_root, root))
@@ -270,6 +281,8 @@ def test_windows_of_an_epoch_are_shared_out_without_overlap(runs: tuple) -> None
     assert sorted(first + second) == sorted(map(tuple, alone["windows"]))
 
 
+# The others have batch norms, which see the images of one process.
+@pytest.mark.parametrize("runs", ["intra", "one_pass", PATCH_SVDD], indirect=True)
 def test_losses_and_weights_are_those_of_one_process(runs: tuple) -> None:
     kind, alone, several = runs
     # Adam's first steps are as long for a gradient that is zero but for rounding as for any other. Patch-SVDD has such
@@ -299,13 +312,11 @@ def test_processes_write_into_one_folder(runs: tuple) -> None:
 
 def calibrated_alone(
     kind: str, checkpoint: str, few_root: Path, root: Path
-) -> tuple[InTra | OnePassInTra | PatchSVDD, dict]:
+) -> tuple[InTra | OnePassInTra | PatchSVDD | RIAD | CutPaste, dict]:
     """Calibrate and test the weights of several processes in one."""
-    kinds = {"intra": InTra, "one_pass": OnePassInTra, "patch_svdd": PatchSVDD}
+    kinds = {"intra": InTra, "one_pass": OnePassInTra, "patch_svdd": PatchSVDD, "riad": RIAD, "cutpaste": CutPaste}
     model = kinds[kind].load_from_checkpoint(checkpoint)
-    model.post_processor.reset()
-    if kind == "patch_svdd":
-        model.model.empty_memory_bank()
+    model.forget_calibration()
     results = tiny_engine(root, logger=False).test(model, datamodule=TextureDemo(few_root, num_workers=0))
     return model, results[0]
 
@@ -314,8 +325,7 @@ def test_mean_thresholds_and_metrics_are_those_of_one_process(runs: tuple, few_r
     kind, _, (first, _) = runs
     model, metrics = calibrated_alone(kind, first["best"], few_root, tmp_path)
     processor = model.post_processor
-    mean = model.model.mean_image if kind == "patch_svdd" else processor.training_mean
-    assert first["mean"] == pytest.approx(mean.flatten().tolist(), abs=1e-6)
+    assert first["mean"] == pytest.approx(mean_of(model), abs=1e-6)
     thresholds = [float(processor.image_threshold), float(processor.pixel_threshold)]
     assert first["thresholds"] == pytest.approx(thresholds, rel=1e-6)
     assert first["metrics"] == pytest.approx(metrics, abs=1e-6)

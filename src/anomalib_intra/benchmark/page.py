@@ -54,6 +54,8 @@ def write_page(rows: DataFrame, config: dict[str, Any], output: Path, missing: S
     sections = ["# Benchmark", *filter(None, [config.get("notes", "").strip()])]
     if len(done):
         chart_of_time(done).savefig(output / "benchmark.png", dpi=120)
+        if len(devices := _devices(done)) > 1:
+            sections.append(f"Rows are of {len(devices)} devices ({'; '.join(devices)}): do not compare their times.")
         sections.append(_SUMMARY + markdown(summary(done), digits=1))
         sections.append("![Mean AUROC of every model against its training time](benchmark.png)")
     sections.append(_how(rows, config))
@@ -80,7 +82,7 @@ def _how(rows: DataFrame, config: dict[str, Any]) -> str:
         reduced = ", ".join(f"{height} x {width} ({name})" for name, (height, width) in sizes.items()) + " pixels"
     else:
         reduced = f"{sizes[0]} x {sizes[1]} pixels"
-    used = ", ".join(sorted(set(rows.get("device", Series(dtype=str)).dropna()))) or "nothing yet"
+    used = ", ".join(_devices(rows)) or "nothing yet"
     return (
         "## How it was measured\n\n"
         "Written by `anomalib-intra benchmark --config CONFIG`, with the config at the end of this page. "
@@ -88,6 +90,10 @@ def _how(rows: DataFrame, config: dict[str, Any]) -> str:
         "was scored at that size on raw scores: normalization, which clamps scores and so moves AUROC, is off for all. "
         f"Seeds: {', '.join(map(str, sorted(set(rows['seed']))))}. Measured on: {used}. With {versions()}."
     )
+
+
+def _devices(rows: DataFrame) -> list[str]:
+    return sorted(set(rows.get("device", Series(dtype=str)).dropna()))
 
 
 def _section(rows: DataFrame, metric: str) -> str:
