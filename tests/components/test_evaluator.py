@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from anomalib.data import Folder
 from anomalib.metrics import Evaluator
 
 from anomalib_intra import TextureDemo
@@ -49,6 +50,19 @@ def test_what_compares_both_kinds_of_images_is_left_out_of_a_test_of_one(
     assert f"no {absent} images, so image_AUROC, image_F1Score" in caplog.text
     data.test_data.samples = every
     assert engine.test(model, datamodule=data)[0] == both  # nothing is left over from the test before
+
+
+def test_pixels_are_left_out_without_masks_and_without_a_warning(
+    few_root: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    (good,) = few_root.rglob("train/good")
+    folders = {"normal_dir": good, "abnormal_dir": good.parents[1] / "test" / "hole", "val_split_mode": "none"}
+    data = Folder("parts", **folders, num_workers=0)
+    model = tiny_intra(evaluator=PaperEvaluator())
+    (metrics,) = tiny_engine(tmp_path, max_epochs=1, limit_train_batches=1).train(model, datamodule=data)
+    assert metrics.keys() >= {"image_AUROC", "image_F1Score"}
+    assert not any(name.startswith("pixel_") for name in metrics)
+    assert not any("was called before the ``update``" in str(warning.message) for warning in recwarn)
 
 
 @pytest.mark.parametrize("stage", ["test", "validation"])

@@ -234,6 +234,26 @@ def test_a_model_with_a_radius_that_hides_nothing_learns_and_scores(few: Texture
     assert len(scores.unique()) > 1
 
 
+def test_what_differs_when_a_training_goes_on_is_told(
+    trained_one_pass: Run, demo: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (last,) = Path(trained_one_pass.checkpoint).parent.glob("last.ckpt")
+    for changed in ({}, {"rotate": True, "images_per_step": 3}):
+        caplog.clear()
+        tiny_engine(tmp_path, max_epochs=6).fit(tiny_one_pass(**changed), datamodule=demo, ckpt_path=last)
+        told = [message for message in caplog.messages if message.startswith("The training goes on with")]
+        assert len(told) == bool(changed)
+    assert "with images_per_step=3 (until now 1), rotate=True (until now False)." in told[0]
+
+
+def test_a_test_of_a_checkpoint_sees_images_as_the_calibration_did(
+    trained_one_pass: Run, demo: TextureDemo, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where a checkpoint is loaded into a new model, the resize of before is that of the datamodule."""
+    tiny_engine(tmp_path).test(tiny_one_pass(), datamodule=demo, ckpt_path=trained_one_pass.checkpoint)
+    assert "was calibrated on images that went through" not in caplog.text
+
+
 def test_a_checkpoint_of_another_architecture_is_refused(
     trained_one_pass: Run, demo: TextureDemo, tmp_path: Path
 ) -> None:

@@ -2,7 +2,7 @@
 """Whether a checkpoint fits the model that loads it."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ logger = logging.getLogger(__name__)
 
 #: The way out where a checkpoint cannot score images.
 HOW_TO_CALIBRATE = (
-    "Go on with its training (--ckpt_path) to the end, which calibrates it and stores that. Or, in Python, give the "
-    "model and the datamodule it was trained on to Engine.test, and go on with that same model: a test stores nothing."
+    "Go on with its training (--ckpt_path) to the end, which calibrates it and stores that in model.ckpt; if it did "
+    "end, take that file. Or, in Python, give the model and the datamodule it was trained on to Engine.test, and go on "
+    "with that same model: a test stores nothing."
 )
 
 #: The way out where it could, but calls nothing anomalous.
@@ -55,6 +56,30 @@ values, or use InTra.load_from_checkpoint, which does.
             f"values, or use {model}.load_from_checkpoint, which does."
         )
         raise ValueError(msg)
+
+
+def tell_what_changed(names: Iterable[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Tell which arguments a training that goes on has now, where they are not those that it began with.
+
+    Args:
+        names (Iterable[str]): Arguments to compare; those that hold no plain values are passed over.
+        saved (Mapping[str, Any]): Arguments of the model that was saved.
+        present (Mapping[str, Any]): Arguments of the model that goes on.
+    """
+    plain = bool | int | float | str | None
+    changed = [
+        f"{name}={present[name]!r} (until now {saved[name]!r})"
+        for name in names
+        if name in saved
+        and isinstance(present[name], plain)
+        and isinstance(saved[name], plain)
+        and present[name] != saved[name]
+    ]
+    if changed:
+        logger.warning(
+            "The training goes on with %s. To go on as it began, give the arguments that it began with.",
+            ", ".join(changed),
+        )
 
 
 def forget_stale_calibration(

@@ -158,6 +158,9 @@ def _update(metrics: Any, batch: ImageBatch) -> None:
 def _log(trainer: Any, pl_module: Any, metrics: list[Any]) -> None:
     # As anomalib's evaluator does it. Lightning knows a metric by its place among the others, so none is taken out.
     for metric in metrics:
+        # One that no image had the fields of, in any process; torchmetrics would warn of it.
+        if not trainer.strategy.reduce_boolean_decision(getattr(metric, "update_called", True), all=False):
+            continue
         pl_module.log(metric.name, metric)
         if trainer.barebones:
             trainer.callback_metrics[metric.name] = trainer.logged_metrics[metric.name] = metric.compute()

@@ -20,7 +20,7 @@ from torchmetrics import MeanMetric
 
 from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
-from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration
+from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration, tell_what_changed
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 from anomalib_intra.components.monitoring import agree_on_metrics, validates
 from anomalib_intra.components.pre_processor import OnImagesOnly
@@ -436,13 +436,15 @@ class TrainedModule(CalibratedModule):
         Raises:
             ValueError: If it is of another architecture.
         """
-        saved = self.completed(checkpoint.get("hyper_parameters", {}))
-        check_architecture(self.name, self.architecture, saved, self.completed(self.hparams))
+        saved, present = self.completed(checkpoint.get("hyper_parameters", {})), self.completed(self.hparams)
+        check_architecture(self.name, self.architecture, saved, present)
         self._forget_stale_calibration(checkpoint)
         super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == "fit":
             # The run goes on. A model that is only loaded is trained anew, on other samples.
+            if trainer.is_global_zero:
+                tell_what_changed(present, saved, present)
             self._sample_seed = checkpoint.get("draw_seed")
             self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)

@@ -3,6 +3,7 @@
 
 import copy
 import random
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -184,8 +185,16 @@ def described(transform: Any, resize: Any = None) -> str:
     Example:
         >>> described(v2.Compose([v2.CenterCrop(8), v2.Resize((4, 4))]), resize=v2.Resize((4, 4)))
         'CenterCrop(size=(8, 8))'
+        >>> described(v2.Resize((4, 4)), resize=v2.Resize((4, 4), v2.InterpolationMode.BILINEAR))
+        ''
     """
-    return ", ".join(repr(part) for part in parts_of(transform) if repr(part) != repr(resize))
+    own = _in_words(resize)
+    return ", ".join(words for words in map(_in_words, parts_of(transform)) if words != own)
+
+
+def _in_words(part: Any) -> str:
+    # torchvision keeps the interpolation as it was given, its own default as a string; a checkpoint has the enum.
+    return re.sub(r"InterpolationMode\.(\w+)", lambda mode: mode[1].lower(), repr(part))
 
 
 def _has_transform(dataset: Any) -> bool:
