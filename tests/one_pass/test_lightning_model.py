@@ -223,6 +223,13 @@ def test_sizes_whose_loss_would_not_be_finite_are_refused_and_the_nearest_that_w
     tiny_one_pass(image_size=works, patch_size=patch_size, radii=(0,))
 
 
+def test_a_size_that_is_too_small_in_both_ways_is_refused_with_one_that_works_in_both() -> None:
+    """A hole of radius 2 hides up to five patches in a row."""
+    with pytest.raises(ValueError, match="nearest size that works is 16 x 48"):
+        tiny_one_pass(image_size=(8, 24))
+    tiny_one_pass(image_size=(16, 48))
+
+
 def test_a_model_with_a_radius_that_hides_nothing_learns_and_scores(few: TextureDemo, tmp_path: Path) -> None:
     model, engine = tiny_one_pass(radii=(-1, 0, 1)), tiny_engine(tmp_path, max_steps=3, logger=False)
     seed_everything(0)

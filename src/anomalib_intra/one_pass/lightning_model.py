@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one-pass model as an anomalib model: spoiled images go in, clean ones are asked for."""
 
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -123,15 +122,6 @@ class OnePassInTra(ReconstructionModule):
             raise ValueError(msg)
         check_counts(images_per_step=images_per_step, depth=depth, embed_dim=embed_dim, patch_size=patch_size)
         check_weights(alpha=alpha, beta=beta, learning_rate=learning_rate)
-        shortest = patch_size * math.ceil(SHORTEST_SIDE / patch_size)
-        if min(self.image_size) < shortest:
-            given = " x ".join(map(str, self.image_size))
-            works = " x ".join(str(max(shortest, patch_size * round(side / patch_size))) for side in self.image_size)
-            msg = (
-                f"Images of {given} pixels are too small for the loss, whose windows must lie inside at half scale: "
-                f"the nearest size that works is {works}."
-            )
-            raise ValueError(msg)
         self.post_processor.expect_other_differences(
             "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor.",
             deviation="half",
@@ -144,7 +134,15 @@ class OnePassInTra(ReconstructionModule):
         self.augment = augment
         self.rotate = rotate
         self.vary_light = vary_light
-        self.model = OnePassTransformer(self.image_size, patch_size, embed_dim, depth, num_heads, radii=tuple(radii))
+        self.model = OnePassTransformer(
+            self.image_size,
+            patch_size,
+            embed_dim,
+            depth,
+            num_heads,
+            radii=tuple(radii),
+            shortest_side=SHORTEST_SIDE,
+        )
         self.loss = PaintingLoss(alpha, beta)
         self._seconds = 0.0
         self._step_started: float | None = None

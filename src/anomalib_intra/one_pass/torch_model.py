@@ -6,6 +6,7 @@ are the queries. Queries attend to the content outside the hole around their own
 lies in a hole cannot reach its query, however deep the model is.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ class OnePassTransformer(nn.Module):
         num_heads (int): Number h of attention heads; divides D.
         block_size (int): Side length in patches of the blocks that near and far are told apart by.
         radii (tuple[int, ...]): Radii of the holes the model knows, each in -1 .. ``block_size``.
+        shortest_side (int): Fewest pixels of a side, where the loss that it is trained by needs some.
 
     Raises:
         ValueError: If the sizes do not fit together.
@@ -114,6 +116,7 @@ class OnePassTransformer(nn.Module):
         num_heads: int = 4,
         block_size: int = 4,
         radii: tuple[int, ...] = (0, 1, 2),
+        shortest_side: int = 1,
     ) -> None:
         super().__init__()
         sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "num_heads": num_heads, "block_size": block_size}
@@ -128,7 +131,7 @@ class OnePassTransformer(nn.Module):
                 "seen as a whole, so no hole may reach into one."
             )
             raise ValueError(msg)
-        _check_image_size(*image_size, patch_size, max(radii))
+        _check_image_size(*image_size, patch_size, max(radii), shortest_side)
 
         self.image_size = (image_size[0], image_size[1])
         self.patch_size = patch_size
@@ -298,18 +301,20 @@ class OnePassTransformer(nn.Module):
             check_range(images)
 
 
-def _check_image_size(height: int, width: int, patch_size: int, largest_radius: int) -> None:
-    """Refuse sizes that are no grid of patches, or of which a hole can hide everything."""
+def _check_image_size(height: int, width: int, patch_size: int, largest_radius: int, shortest_side: int) -> None:
+    """Refuse sizes that are no grid of patches, or too small, or of which a hole can hide everything."""
+    shortest = patch_size * math.ceil(shortest_side / patch_size)
     longest = patch_size * (2 * largest_radius + 2)
-    if all(side > 0 and side % patch_size == 0 for side in (height, width)) and max(height, width) >= longest:
+    fit = all(side >= shortest and side % patch_size == 0 for side in (height, width))
+    if fit and max(height, width) >= longest:
         return
-    near = [max(patch_size, round(side / patch_size) * patch_size) for side in (height, width)]
+    near = [max(shortest, round(side / patch_size) * patch_size) for side in (height, width)]
     if max(near) < longest:
         near[near.index(max(near))] = longest
     msg = (
         f"Images of {height} x {width} pixels do not work with patches of {patch_size} x {patch_size} pixels and holes "
-        f"of radius {largest_radius}: height and width must be multiples of {patch_size} and one of them at least "
-        f"{longest}; the nearest size that works is {near[0]} x {near[1]}."
+        f"of radius {largest_radius}: height and width must be multiples of {patch_size}, both at least {shortest} and "
+        f"one of them at least {longest}; the nearest size that works is {near[0]} x {near[1]}."
     )
     raise ValueError(msg)
 
