@@ -46,9 +46,7 @@ def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any
 values, or use InTra.load_from_checkpoint, which does.
     """
     differing = [
-        f"{name}={_plain(saved[name])!r} (here {_plain(present[name])!r})"
-        for name in names
-        if name in saved and name in present and _plain(saved[name]) != _plain(present[name])
+        f"{name}={_plain(saved[name])!r} (here {_plain(present[name])!r})" for name in _differing(names, saved, present)
     ]
     if differing:
         msg = (
@@ -58,22 +56,20 @@ values, or use InTra.load_from_checkpoint, which does.
         raise ValueError(msg)
 
 
-def tell_what_changed(names: Iterable[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+def tell_what_changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
     """Tell which arguments a training that goes on has now, where they are not those that it began with.
 
+    Those that hold a component, not a plain value, are passed over.
+
     Args:
-        names (Iterable[str]): Arguments to compare; those that hold no plain values are passed over.
         saved (Mapping[str, Any]): Arguments of the model that was saved.
         present (Mapping[str, Any]): Arguments of the model that goes on.
     """
     plain = bool | int | float | str | None
     changed = [
         f"{name}={present[name]!r} (until now {saved[name]!r})"
-        for name in names
-        if name in saved
-        and isinstance(present[name], plain)
-        and isinstance(saved[name], plain)
-        and present[name] != saved[name]
+        for name in _differing(present, saved, present)
+        if isinstance(present[name], plain) and isinstance(saved[name], plain)
     ]
     if changed:
         logger.warning(
@@ -107,6 +103,11 @@ def forget_stale_calibration(
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
     else:  # one of an older version lacks what has been added since
         checkpoint["state_dict"] = {**blank, **checkpoint["state_dict"]}
+
+
+def _differing(names: Iterable[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    known = (name for name in names if name in saved and name in present)
+    return [name for name in known if _plain(saved[name]) != _plain(present[name])]
 
 
 def _plain(value: Any) -> Any:

@@ -117,19 +117,17 @@ class SelectiveEvaluator(Evaluator):
         normal, anomalous = (
             trainer.strategy.reduce_boolean_decision(kind in self._kinds, all=False) for kind in (False, True)
         )
-        possible: list[Any] = []
-        left_out: list[Any] = []
-        for metric in self.test_metrics:
-            (left_out if normal != anomalous and _compares(metric, anomalous) else possible).append(metric)
+        every: list[Any] = list(self.test_metrics)
+        left_out = [metric for metric in every if normal != anomalous and _compares(metric, anomalous)]
         if left_out:
             rank_zero_only(logger.warning)(
                 "The test has no %s images, so %s cannot be computed: there is nothing to compare the others with.",
                 "anomalous" if normal else "normal",
                 ", ".join(str(metric.name) for metric in left_out),
             )
-        _log(trainer, pl_module, possible)
         for metric in left_out:
-            metric.reset()  # which Lightning does to those that are logged
+            metric.reset()  # it is as if it had seen no image
+        _log(trainer, pl_module, every)
 
     def _possible(self) -> list[Any]:
         return [metric for metric in self.val_metrics if metric.name not in self._lacking]

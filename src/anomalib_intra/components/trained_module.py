@@ -444,7 +444,7 @@ class TrainedModule(CalibratedModule):
         if trainer is not None and trainer.state.fn == "fit":
             # The run goes on. A model that is only loaded is trained anew, on other samples.
             if trainer.is_global_zero:
-                tell_what_changed(present, saved, present)
+                tell_what_changed(saved, present)
             self._sample_seed = checkpoint.get("draw_seed")
             self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)
