@@ -50,6 +50,7 @@ PURE_TORCH = [
     "one_pass/comparison",
     "one_pass/fast_attention",
     "one_pass/loss",
+    "one_pass/optimizer",
     "one_pass/spoiling",
     "one_pass/torch_model",
     "patch_svdd/loss",

@@ -21,6 +21,7 @@ from anomalib_intra.experiments.speed.of_intra import flops_of_a_window
 from anomalib_intra.experiments.speed.of_one_pass import flops_of_an_image, plain
 from anomalib_intra.experiments.speed.training import time_training
 from anomalib_intra.intra.torch_model import InpaintingTransformer
+from anomalib_intra.one_pass.optimizer import Muon
 
 TINY = {"patch_size": 8, "window_size": 3, "embed_dim": 32, "depth": 2, "num_heads": 2, "window_batch_size": 8}
 TINY_ONE_PASS = {"embed_dim": 32, "depth": 1, "num_heads": 2, "images_per_step": 2}
@@ -135,7 +136,7 @@ def test_the_work_of_the_one_pass_model_is_images() -> None:
     ("model", "kind"),
     [
         (InTra((64, 64), **TINY, visualizer=False), torch.optim.Adam),
-        (OnePassInTra((64, 64), **TINY_ONE_PASS), torch.optim.AdamW),
+        (OnePassInTra((64, 64), **TINY_ONE_PASS), Muon),
     ],
 )
 def test_a_training_step_is_the_models_own(model: InTra | OnePassInTra, kind: type, monkeypatch) -> None:

@@ -29,9 +29,11 @@ from anomalib_intra.data.samples import as_fractions
 from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
 from anomalib_intra.one_pass.comparison import comparison_loss
 from anomalib_intra.one_pass.loss import SHORTEST_SIDE, PaintingLoss
+from anomalib_intra.one_pass.optimizer import Muon
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
 from anomalib_intra.training.command_line import as_commanded
+from anomalib_intra.training.internals import trainer_of
 
 #: Weight of eq. 16 beside the learned comparison, whose values are logits.
 _GMS_WEIGHT = 5.0
@@ -61,7 +63,7 @@ class OnePassInTra(ReconstructionModule):
             each training step; the difference maps of all are averaged.
         alpha (float): Weight of the gradient magnitude term of the loss (eq. 12).
         beta (float): Weight of the structural similarity term of the loss (eq. 12).
-        learning_rate (float): Highest learning rate of AdamW.
+        learning_rate (float): Highest learning rate.
         images_per_step (int): Images in a training step. Few images and many steps learn most in a given time.
         minutes (float | None): Time to train for, that of the training steps; learning rate and end follow it.
             Validation comes on top, a tenth or so. None trains for the trainer's epochs or steps, which makes a run
@@ -150,16 +152,28 @@ class OnePassInTra(ReconstructionModule):
     # ---- components --------------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW with one cycle of the learning rate, unless the command line names others.
+        """Muon with one cycle of the learning rate, unless the command line names others.
 
         Returns:
             OptimizerLRScheduler: The optimizer and its schedule.
         """
+        matrices = self.model.matrices_between_tokens()
         head = list(self.model.comparison.parameters())
-        painter = [weight for name, weight in self.model.named_parameters() if not name.startswith("comparison.")]
-        groups: list[dict[str, Any]] = [{"params": painter}, {"params": head, "lr": self.learning_rate / 2}]
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+        others = {*self.model.parameters()} - {*matrices, *head}
+        groups: list[dict[str, Any]] = [
+            {"params": matrices, "matrices": True, "lr": self.learning_rate / 2},
+            {"params": [weight for weight in self.model.parameters() if weight in others]},
+            {"params": head, "lr": self.learning_rate / 2},
+        ]
+        optimizer = Muon(groups, self.learning_rate, dtype=torch.bfloat16 if self._learns_in_bf16 else torch.float32)
         return as_commanded(self, optimizer, LambdaLR(optimizer, lambda _: one_cycle(self.progress)))
+
+    @property
+    def _learns_in_bf16(self) -> bool:
+        trainer = trainer_of(self)
+        if trainer is None:
+            return torch.is_autocast_enabled(self.device.type)
+        return trainer.precision == "bf16-mixed"
 
     def configure_gradient_clipping(
         self,
@@ -167,7 +181,7 @@ class OnePassInTra(ReconstructionModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients of painter and head to a norm of 1 each, unless the trainer clips in its own way."""
+        """Clip the gradients of each group of weights to a norm of 1, unless the trainer clips in its own way."""
         if gradient_clip_val is not None:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return

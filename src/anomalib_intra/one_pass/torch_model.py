@@ -175,6 +175,15 @@ class OnePassTransformer(nn.Module):
             self.near_bias.copy_(repeat(near, "o h -> o (n h)", n=len(self.blocks)))
         nn.init.constant_(self.far_bias, -1)
 
+    def matrices_between_tokens(self) -> list[nn.Parameter]:
+        """The weight matrices from tokens to tokens; those that read or paint pixels, and the head's, are none.
+
+        Returns:
+            list[nn.Parameter]: Weights of two dimensions.
+        """
+        layers = [self.content_blocks, self.near_key_value, self.far_key_value, self.blocks]
+        return [weight for layer in layers for weight in layer.parameters() if weight.ndim == 2]
+
     def set_channel_statistics(self, mean: torch.Tensor, std: torch.Tensor) -> None:
         """Keep the training set's mean and standard deviation, by which images are normalised and painted.
 

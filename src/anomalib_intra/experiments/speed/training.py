@@ -50,7 +50,8 @@ def time_training(
         model.image_size,
         seed=0,
     )
-    optimizer = _optimizer_of(model)
+    with autocast():  # some optimizers compute in the precision of the training
+        optimizer = _optimizer_of(model)
     model.train()
     started = 0.0
     batches = repeat(next(iter(loader))) if sampled_before else loader
