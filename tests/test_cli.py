@@ -11,9 +11,12 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import Folder
 from anomalib.data.utils import ValSplitMode
+from PIL import Image
 
 from anomalib_intra import RIAD, CutPaste, InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
+from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.arguments import with_defaults
+from anomalib_intra.training.refusals import refusing
 
 from .conftest import CONFIGS
 
@@ -48,6 +51,45 @@ def test_our_script_understands_short_names_in_any_order(model: str, monkeypatch
     config = read_config(capsys.readouterr().out)
     assert config["data"]["init_args"]["category"] == "screw"
     assert config["model"]["class_path"] == f"anomalib_intra.{model}"
+
+
+SMALL = ["--model", "OnePassInTra", "--model.image_size", "[64, 64]", "--model.depth", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "--model", "OnePassInTra", "--model.image_size", "[250, 250]"], "Images of 250 x 250 pixels do not"),
+        (
+            [
+                *("train", *SMALL, "--model.post_processor", "InTraPostProcessor"),
+                *("--model.post_processor.image_sensitivity", "2"),
+            ],
+            "image_sensitivity must be in (0, 1), got 2.0.",
+        ),
+        (["train", *SMALL, "--data", "TextureDemo", "--data.category", "wave"], "TextureDemo has no category 'wave'"),
+        (["predict", *SMALL, "--data", "no/where", "--ckpt_path", "none.ckpt"], "Path does not exist: "),
+        (["predict", *SMALL, "--data", ".", "--ckpt_path", "none.ckpt"], "Checkpoint file not found: "),
+        (["predict", *SMALL, "--data", "."], "This model is not calibrated, so it cannot score images"),
+        (["export", *SMALL, "--export_type", "torch"], "This OnePassInTra cannot score images yet"),
+        (["yardsticks", "--data", "MVTec", "--data.category", "botle"], "MVTecAD has no category 'botle'"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(words: list[str], sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "part.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"anomalib-intra: {sentence}")
+
+
+def test_faults_of_programs_keep_their_traceback() -> None:
+    with pytest.raises(ValueError, match="not raised by this package"), refusing():
+        raise ValueError("not raised by this package")
+    with pytest.raises(RuntimeError, match="size of tensor"), refusing():
+        difference_map(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32))  # in this package, but by torch
 
 
 TRAINING_CONFIGS = sorted(

@@ -31,6 +31,7 @@ from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.one_pass import OnePassInTra
 from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
 from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
+from anomalib_intra.training.refusals import build, refusing
 from anomalib_intra.yardsticks import yardsticks
 
 #: Exit code of a command that was given too little time, and goes on in the next call.
@@ -67,8 +68,19 @@ def main() -> None:
     else:
         configure_logger()
         print_each_line_once()
-        with _showing_a_way_around_paths():
-            AnomalibCLI(arguments)
+        with refusing(_way_around_paths):
+            _CommandLine(arguments)
+
+
+class _CommandLine(AnomalibCLI):
+    """anomalib's command line, where a mistake ends in a sentence."""
+
+    @staticmethod
+    def init_parser(**kwargs: Any) -> ArgumentParser:
+        """Let what a constructor refuses end the command."""
+        parser = AnomalibCLI.init_parser(**kwargs)
+        parser.add_instantiator(build, object)
+        return parser
 
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
@@ -76,6 +88,7 @@ def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
     parser.add_function_arguments(command, as_positional=False)
     if "config" not in signature(command).parameters:
         parser.add_argument("--config", action="config", help="Arguments from a YAML file.")
+    parser.add_instantiator(build, object)
     given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
     with _refusing(parser.prog):
         command(**{key: value for key, value in given.items() if key in signature(command).parameters})
@@ -235,20 +248,14 @@ def _refusing(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-@contextmanager
-def _showing_a_way_around_paths() -> Iterator[None]:
-    """Add what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith(_REFUSED_PATHS):
-            raise
-        sys.stderr.write(
-            f"anomalib-intra: {error}. Rename the folder, or make a link to it whose path has at most 512 ASCII "
-            "characters, and give whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad "
-            "to train, --data /LINK/new to predict.\n"
-        )
-        sys.exit(2)
+def _way_around_paths(error: Exception) -> str:
+    """Say what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
+    if not str(error).startswith(_REFUSED_PATHS):
+        return ""
+    return (
+        ". Rename the folder, or make a link to it whose path has at most 512 ASCII characters, and give whole paths "
+        "through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad to train, --data /LINK/new to predict."
+    )
 
 
 def _speed(
