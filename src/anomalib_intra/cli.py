@@ -6,8 +6,9 @@ It adds the few commands that anomalib has no place for.
 
 import signal
 import sys
+from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -20,6 +21,7 @@ from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
 
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.components.calibrated_module import CalibratedModule
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.experiments.ablations import ablations
 from anomalib_intra.experiments.map_options import OPTIONS, map_options
@@ -61,6 +63,8 @@ def main() -> None:
     }
     with_anomalibs_arguments = {"reproduce": _reproduce, "select-size": _select_size}
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        _list_commands({**own, **with_anomalibs_arguments})
     if name in with_anomalibs_arguments:
         with_anomalibs_arguments[name](arguments[1:])
     elif name in own:
@@ -69,11 +73,22 @@ def main() -> None:
         configure_logger()
         print_each_line_once()
         with refusing(_way_around_paths):
-            _CommandLine(arguments)
+            CommandLine(arguments)
 
 
-class _CommandLine(AnomalibCLI):
-    """anomalib's command line, where a mistake ends in a sentence."""
+def _list_commands(commands: Mapping[str, Callable[..., None]]) -> None:
+    print("Commands of anomalib-intra, each with a --help of its own:\n")
+    for name, command in sorted(commands.items()):
+        print(f"  {name:19}{_summary(command)}")
+    print("\nCommands of anomalib, but for its benchmark:\n")
+
+
+def _summary(command: Callable[..., None]) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+class CommandLine(AnomalibCLI):
+    """anomalib's command line, which heeds a little more, and where a mistake ends in a sentence."""
 
     @staticmethod
     def init_parser(**kwargs: Any) -> ArgumentParser:
@@ -82,9 +97,35 @@ class _CommandLine(AnomalibCLI):
         parser.add_instantiator(build, object)
         return parser
 
+    def add_predict_arguments(self, parser: ArgumentParser) -> None:
+        """Take the config of a training, too."""
+        super().add_predict_arguments(parser)
+        _pass_over_training(parser)
+
+    def add_export_arguments(self, parser: ArgumentParser) -> None:
+        """Take the config of a training, too."""
+        super().add_export_arguments(parser)
+        _pass_over_training(parser)
+
+    def instantiate_classes(self) -> None:
+        """Have ``export`` heed the post-processor that was given, where the Engine builds a model without it."""
+        super().instantiate_classes()
+        given = self.config_init[self.subcommand]
+        if self.subcommand == "export" and given.ckpt_path and isinstance(self.model, CalibratedModule):
+            self.model = type(self.model).load_from_checkpoint(
+                given.ckpt_path, post_processor=self.model.post_processor
+            )
+            given.ckpt_path = None  # it is loaded
+
+
+def _pass_over_training(parser: ArgumentParser) -> None:
+    # A run's config.yaml names them, if only to say null, and what a command does not know it refuses.
+    for name in ("optimizer", "lr_scheduler"):
+        parser.add_argument(f"--{name}", type=dict | None, help=SUPPRESS)
+
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
-    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=(command.__doc__ or name).splitlines()[0])
+    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=_summary(command))
     parser.add_function_arguments(command, as_positional=False)
     if "config" not in signature(command).parameters:
         parser.add_argument("--config", action="config", help="Arguments from a YAML file.")
@@ -187,10 +228,8 @@ def _synthetic_defects(
 
 
 def _select_size(args: list[str]) -> None:
-    parser = _parser_beside_anomalibs(
-        "select-size",
-        "Train at several image sizes; choose one by the validation loss, as the paper does (sec. 4.1).",
-    )
+    """Train at several image sizes; choose one by the validation loss, as the paper does (sec. 4.1)."""
+    parser = _parser_beside_anomalibs("select-size", _summary(_select_size))
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 512], help="Sides of the images in pixels.")
     parser.add_argument("--epochs", type=int, default=200, help="Epochs of every size, at least 11.")
     parser.add_argument("--output", type=Path, default=Path("results/select-size"), help="Folder for all results.")
@@ -202,9 +241,8 @@ def _select_size(args: list[str]) -> None:
 
 
 def _reproduce(args: list[str]) -> None:
-    parser = _parser_beside_anomalibs(
-        "reproduce", "Train and test a category of MVTec AD with the paper's settings, beside its figures."
-    )
+    """Train and test a category of MVTec AD with the paper's settings, beside its figures."""
+    parser = _parser_beside_anomalibs("reproduce", _summary(_reproduce))
     parser.add_argument("category", help="Category, such as bottle.")
     parser.add_argument("--config", help="Config, a file or a name; defaults to mvtec/CATEGORY, the paper's.")
     parser.add_argument(
