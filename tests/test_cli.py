@@ -11,11 +11,15 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import Folder
 from anomalib.data.utils import ValSplitMode
+from lightning.pytorch import Trainer
+from PIL import Image
 
 from anomalib_intra import RIAD, CutPaste, InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo, cli
+from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.arguments import with_defaults
+from anomalib_intra.training.refusals import refusing
 
-from .conftest import CONFIGS
+from .conftest import CONFIGS, tiny_one_pass
 
 SIZES = {
     "carpet": 512, "grid": 512, "leather": 512, "tile": 512, "wood": 320, "bottle": 256, "cable": 256, "capsule": 320,
@@ -23,8 +27,12 @@ SIZES = {
 }  # fmt: skip
 
 
+def printed_config(printed: str) -> str:
+    return printed[printed.index("# anomalib==") :]  # a log line may stand before it
+
+
 def read_config(printed: str) -> dict:
-    return yaml.safe_load(printed[printed.index("# anomalib==") :])  # a log line may stand before it
+    return yaml.safe_load(printed_config(printed))
 
 
 def test_anomalib_understands_the_short_name_once_the_model_is_named() -> None:
@@ -48,6 +56,91 @@ def test_our_script_understands_short_names_in_any_order(model: str, monkeypatch
     config = read_config(capsys.readouterr().out)
     assert config["data"]["init_args"]["category"] == "screw"
     assert config["model"]["class_path"] == f"anomalib_intra.{model}"
+
+
+SMALL = ["--model", "OnePassInTra", "--model.image_size", "[64, 64]", "--model.depth", "1"]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["train", "--model", "OnePassInTra", "--model.image_size", "[250, 250]"], "Images of 250 x 250 pixels do not"),
+        (
+            [
+                *("train", *SMALL, "--model.post_processor", "InTraPostProcessor"),
+                *("--model.post_processor.image_sensitivity", "2"),
+            ],
+            "image_sensitivity must be in (0, 1), got 2.0.",
+        ),
+        (["train", *SMALL, "--data", "TextureDemo", "--data.category", "wave"], "TextureDemo has no category 'wave'"),
+        (["predict", *SMALL, "--data", "no/where", "--ckpt_path", "none.ckpt"], "Path does not exist: "),
+        (["predict", *SMALL, "--data", ".", "--ckpt_path", "none.ckpt"], "Checkpoint file not found: "),
+        (["predict", *SMALL, "--data", "."], "This model is not calibrated, so it cannot score images"),
+        (["export", *SMALL, "--export_type", "torch"], "This OnePassInTra cannot score images yet"),
+        (["yardsticks", "--data", "MVTec", "--data.category", "botle"], "MVTecAD has no category 'botle'"),
+    ],
+)
+def test_mistakes_end_in_a_sentence(words: list[str], sentence: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "part.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"anomalib-intra: {sentence}")
+
+
+def test_faults_of_programs_keep_their_traceback() -> None:
+    with pytest.raises(ValueError, match="not raised by this package"), refusing():
+        raise ValueError("not raised by this package")
+    with pytest.raises(RuntimeError, match="size of tensor"), refusing():
+        difference_map(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 32, 32))  # in this package, but by torch
+
+
+def test_help_lists_our_commands_each_with_a_line(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    ours, of_anomalib = capsys.readouterr().out.split("Commands of anomalib, but for its benchmark:")
+    listed = [line.split(maxsplit=1) for line in ours.splitlines() if line.startswith("  ")]
+    names = ("ablations", "benchmark", "map-options", "reproduce", "select-size", "speed", "synthetic-defects")
+    assert [name for name, _ in listed] == [*names, "yardsticks"]
+    assert all(line.endswith(".") for _, line in listed)
+    assert "predict" in of_anomalib
+
+
+@pytest.mark.parametrize(
+    ("command", "more"), [("predict", ["--data", "parts"]), ("predict", []), ("export", ["--export_type", "torch"])]
+)
+def test_commands_take_the_config_of_a_training(
+    command: str, more: list[str], tmp_path: Path, monkeypatch, capsys
+) -> None:
+    words = ["train", *SMALL, "--data", "TextureDemo", "--optimizer", "AdamW", "--print_config"]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words])
+    with pytest.raises(SystemExit):
+        cli.main()
+    (tmp_path / "config.yaml").write_text(printed_config(capsys.readouterr().out))
+    built = cli.CommandLine([command, "--config", str(tmp_path / "config.yaml"), *more], run=False)
+    assert built.model.image_size == (64, 64)
+    assert built.datamodule == "parts" or isinstance(built.datamodule, TextureDemo)
+
+
+def test_export_heeds_the_post_processor_that_is_given(tmp_path: Path, monkeypatch) -> None:
+    model = tiny_one_pass()
+    model.post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
+    model.post_processor._image_threshold.fill_(0.5)
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    asked = ["--model.post_processor", "InTraPostProcessor", "--model.post_processor.image_sensitivity", "0.3"]
+    words = ["export", *SMALL, *asked, "--export_type", "torch", "--ckpt_path", str(tmp_path / "model.ckpt")]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, "--export_root", str(tmp_path)])
+    cli.main()
+    exported = torch.load(tmp_path / "weights/torch/model.pt", weights_only=False)["model"]
+    assert exported.post_processor.image_sensitivity == 0.3
+    assert float(exported.post_processor.image_threshold) == 0.5
+    assert len(exported.model.blocks) == 2  # the checkpoint's, not SMALL's
 
 
 TRAINING_CONFIGS = sorted(

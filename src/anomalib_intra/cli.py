@@ -6,8 +6,9 @@ It adds the few commands that anomalib has no place for.
 
 import signal
 import sys
+from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
@@ -20,6 +21,7 @@ from anomalib.models import AnomalibModule
 from jsonargparse import ArgumentParser
 
 from anomalib_intra.benchmark import benchmark
+from anomalib_intra.components.calibrated_module import CalibratedModule
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.experiments.ablations import ablations
 from anomalib_intra.experiments.map_options import OPTIONS, map_options
@@ -31,6 +33,7 @@ from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.one_pass import OnePassInTra
 from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
 from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
+from anomalib_intra.training.refusals import build, refusing
 from anomalib_intra.yardsticks import yardsticks
 
 #: Exit code of a command that was given too little time, and goes on in the next call.
@@ -60,6 +63,8 @@ def main() -> None:
     }
     with_anomalibs_arguments = {"reproduce": _reproduce, "select-size": _select_size}
     name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        _list_commands({**own, **with_anomalibs_arguments})
     if name in with_anomalibs_arguments:
         with_anomalibs_arguments[name](arguments[1:])
     elif name in own:
@@ -67,15 +72,64 @@ def main() -> None:
     else:
         configure_logger()
         print_each_line_once()
-        with _showing_a_way_around_paths():
-            AnomalibCLI(arguments)
+        with refusing(_way_around_paths):
+            CommandLine(arguments)
+
+
+def _list_commands(commands: Mapping[str, Callable[..., None]]) -> None:
+    print("Commands of anomalib-intra, each with a --help of its own:\n")
+    for name, command in sorted(commands.items()):
+        print(f"  {name:19}{_summary(command)}")
+    print("\nCommands of anomalib, but for its benchmark:\n")
+
+
+def _summary(command: Callable[..., None]) -> str:
+    return (command.__doc__ or "").splitlines()[0]
+
+
+class CommandLine(AnomalibCLI):
+    """anomalib's command line, which heeds a little more, and where a mistake ends in a sentence."""
+
+    @staticmethod
+    def init_parser(**kwargs: Any) -> ArgumentParser:
+        """Let what a constructor refuses end the command."""
+        parser = AnomalibCLI.init_parser(**kwargs)
+        parser.add_instantiator(build, object)
+        return parser
+
+    def add_predict_arguments(self, parser: ArgumentParser) -> None:
+        """Take the config of a training, too."""
+        super().add_predict_arguments(parser)
+        _pass_over_training(parser)
+
+    def add_export_arguments(self, parser: ArgumentParser) -> None:
+        """Take the config of a training, too."""
+        super().add_export_arguments(parser)
+        _pass_over_training(parser)
+
+    def instantiate_classes(self) -> None:
+        """Have ``export`` heed the post-processor that was given, where the Engine builds a model without it."""
+        super().instantiate_classes()
+        given = self.config_init[self.subcommand]
+        if self.subcommand == "export" and given.ckpt_path and isinstance(self.model, CalibratedModule):
+            self.model = type(self.model).load_from_checkpoint(
+                given.ckpt_path, post_processor=self.model.post_processor
+            )
+            given.ckpt_path = None  # it is loaded
+
+
+def _pass_over_training(parser: ArgumentParser) -> None:
+    # A run's config.yaml names them, if only to say null, and what a command does not know it refuses.
+    for name in ("optimizer", "lr_scheduler"):
+        parser.add_argument(f"--{name}", type=dict | None, help=SUPPRESS)
 
 
 def _run(command: Callable[..., None], name: str, args: list[str]) -> None:
-    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=(command.__doc__ or name).splitlines()[0])
+    parser = ArgumentParser(prog=f"anomalib-intra {name}", description=_summary(command))
     parser.add_function_arguments(command, as_positional=False)
     if "config" not in signature(command).parameters:
         parser.add_argument("--config", action="config", help="Arguments from a YAML file.")
+    parser.add_instantiator(build, object)
     given = parser.instantiate_classes(parser.parse_args(args)).as_dict()
     with _refusing(parser.prog):
         command(**{key: value for key, value in given.items() if key in signature(command).parameters})
@@ -174,10 +228,8 @@ def _synthetic_defects(
 
 
 def _select_size(args: list[str]) -> None:
-    parser = _parser_beside_anomalibs(
-        "select-size",
-        "Train at several image sizes; choose one by the validation loss, as the paper does (sec. 4.1).",
-    )
+    """Train at several image sizes; choose one by the validation loss, as the paper does (sec. 4.1)."""
+    parser = _parser_beside_anomalibs("select-size", _summary(_select_size))
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 320, 512], help="Sides of the images in pixels.")
     parser.add_argument("--epochs", type=int, default=200, help="Epochs of every size, at least 11.")
     parser.add_argument("--output", type=Path, default=Path("results/select-size"), help="Folder for all results.")
@@ -189,9 +241,8 @@ def _select_size(args: list[str]) -> None:
 
 
 def _reproduce(args: list[str]) -> None:
-    parser = _parser_beside_anomalibs(
-        "reproduce", "Train and test a category of MVTec AD with the paper's settings, beside its figures."
-    )
+    """Train and test a category of MVTec AD with the paper's settings, beside its figures."""
+    parser = _parser_beside_anomalibs("reproduce", _summary(_reproduce))
     parser.add_argument("category", help="Category, such as bottle.")
     parser.add_argument("--config", help="Config, a file or a name; defaults to mvtec/CATEGORY, the paper's.")
     parser.add_argument(
@@ -235,20 +286,14 @@ def _refusing(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-@contextmanager
-def _showing_a_way_around_paths() -> Iterator[None]:
-    """Add what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith(_REFUSED_PATHS):
-            raise
-        sys.stderr.write(
-            f"anomalib-intra: {error}. Rename the folder, or make a link to it whose path has at most 512 ASCII "
-            "characters, and give whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad "
-            "to train, --data /LINK/new to predict.\n"
-        )
-        sys.exit(2)
+def _way_around_paths(error: Exception) -> str:
+    """Say what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
+    if not str(error).startswith(_REFUSED_PATHS):
+        return ""
+    return (
+        ". Rename the folder, or make a link to it whose path has at most 512 ASCII characters, and give whole paths "
+        "through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad to train, --data /LINK/new to predict."
+    )
 
 
 def _speed(

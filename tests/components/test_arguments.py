@@ -7,11 +7,11 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from anomalib_intra import InTra, MVTec, PatchSVDD, TextureDemo
+from anomalib_intra import RIAD, CutPaste, InTra, MVTec, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.intra.torch_model import InpaintingTransformer
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
 
-from ..conftest import TINY, tiny_intra
+from ..conftest import TINY, tiny_intra, tiny_one_pass
 
 COUNTS = ["patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim"]
 
@@ -40,6 +40,20 @@ def test_patch_svdd_refuses_the_like(name: str) -> None:
 def test_the_one_pass_model_refuses_the_like(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} must be a whole number"):
         OnePassTransformer((64, 96), **{"embed_dim": 32, "depth": 2, "num_heads": 4, name: 0})
+
+
+@pytest.mark.parametrize("kind", [InTra, OnePassInTra, PatchSVDD, RIAD, CutPaste])
+@pytest.mark.parametrize("wrong", [256, "256", (256,), (256, 256, 3), ("256", "256"), None])
+def test_what_is_no_size_of_images_is_refused(kind: type, wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"^image_size must be height and width in pixels, such as \(256, 256\), got "):
+        kind(image_size=wrong)
+
+
+@pytest.mark.parametrize("wrong", [1, "012", (), (0, 0), (0.5,), None])
+def test_what_are_no_radii_is_refused(wrong: object) -> None:
+    with pytest.raises(ValueError, match=r"^radii must be different numbers in -1 .. 4"):
+        tiny_one_pass(radii=wrong)
+    assert tiny_one_pass(radii=[0, 1]).model.radii == (0, 1)
 
 
 def with_bank() -> PatchSVDD:
@@ -127,3 +141,22 @@ def test_other_architectures_are_still_refused(tmp_path: Path) -> None:
     load(path)
     with pytest.raises(ValueError, match=r"readout='mean' \(here 'token'\)"):
         load(path, readout="token")
+
+
+def test_another_class_is_refused_as_such(tmp_path: Path) -> None:
+    checkpoint = torch.load(saved(tmp_path / "model.ckpt"), weights_only=True)
+    with pytest.raises(ValueError, match="of another model than OnePassInTra, one with the arguments window_size, "):
+        tiny_one_pass().on_load_checkpoint(checkpoint)
+    padim = {"hyper_parameters": {"backbone": "resnet18"}, "state_dict": {}}
+    torch.save({**checkpoint, **padim}, tmp_path / "padim.ckpt")
+    with pytest.raises(ValueError, match="of another model than OnePassInTra, one with the argument backbone: load"):
+        OnePassInTra.load_from_checkpoint(tmp_path / "padim.ckpt")
+    # An argument that there is no more does not make another model.
+    checkpoint["hyper_parameters"]["of_before"] = 1
+    torch.save(checkpoint, tmp_path / "model.ckpt")
+    load(tmp_path / "model.ckpt")
+
+
+def test_a_loaded_model_is_what_its_checkpoint_says(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"InTra.load_from_checkpoint takes image_size, depth from the checkpoint"):
+        InTra.load_from_checkpoint(saved(tmp_path / "model.ckpt"), depth=4, image_size=(96, 96))

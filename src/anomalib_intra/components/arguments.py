@@ -2,8 +2,9 @@
 """Arguments of models and post-processors: what is refused, what was asked for, what was left to the defaults."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from inspect import Parameter, signature
+from numbers import Integral
 from typing import Any
 
 
@@ -25,6 +26,35 @@ def check_counts(**counts: int) -> None:
     for name, count in counts.items():
         if isinstance(count, bool) or int(count) != count or count < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {count!r}.")
+
+
+def height_and_width(image_size: Sequence[int]) -> tuple[int, int]:
+    """Refuse what is no size of images.
+
+    Args:
+        image_size (Sequence[int]): Height and width in pixels.
+
+    Returns:
+        tuple[int, int]: The same.
+
+    Raises:
+        ValueError: If it is anything but two whole numbers.
+
+    Example:
+        >>> height_and_width([256, 320])
+        (256, 320)
+        >>> height_and_width(256)
+        Traceback (most recent call last):
+        ...
+        ValueError: image_size must be height and width in pixels, such as (256, 256), got 256.
+    """
+    if (
+        not isinstance(image_size, Sequence)
+        or len(image_size) != 2
+        or not all(isinstance(side, Integral) for side in image_size)
+    ):
+        raise ValueError(f"image_size must be height and width in pixels, such as (256, 256), got {image_size!r}.")
+    return image_size[0], image_size[1]
 
 
 def check_shares(closed: bool, **shares: float) -> None:

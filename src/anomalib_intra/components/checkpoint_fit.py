@@ -2,7 +2,7 @@
 """Whether a checkpoint fits the model that loads it."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,39 @@ HOW_TO_SET_THRESHOLDS = (
     "the datamodule it was trained on to Engine.test, and go on with that same model. enable_thresholding and "
     "enable_normalization of the post-processor, both False, give raw scores."
 )
+
+
+def check_class(
+    model: str, arguments: Collection[str], weights: Collection[str], checkpoint: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint of another class of models: it has arguments that this one does not take, and other weights.
+
+    Args:
+        model (str): Name of the model that loads it.
+        arguments (Collection[str]): The arguments that the model takes.
+        weights (Collection[str]): Names of its weights.
+        checkpoint (Mapping[str, Any]): The checkpoint.
+
+    Raises:
+        ValueError: If it is; names these arguments, since checkpoints do not name their class.
+
+    Example:
+        >>> padim = {"hyper_parameters": {"backbone": "resnet18"}, "state_dict": {}}
+        >>> check_class("InTra", ["depth"], ["model.patch_embedding.weight"], padim)
+        Traceback (most recent call last):
+        ...
+        ValueError: The checkpoint is of another model than InTra, one with the argument backbone: load it with the \
+class that was trained, or take a checkpoint of InTra.
+    """
+    # Lightning's own begin with an underscore.
+    saved = checkpoint.get("hyper_parameters", {})
+    others = [name for name in saved if name not in arguments and not name.startswith("_")]
+    if others and not set(weights) <= set(checkpoint["state_dict"]):
+        msg = (
+            f"The checkpoint is of another model than {model}, one with the argument{'s' * (len(others) > 1)} "
+            f"{', '.join(others)}: load it with the class that was trained, or take a checkpoint of {model}."
+        )
+        raise ValueError(msg)
 
 
 def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
@@ -20,7 +21,12 @@ from torchmetrics import MeanMetric
 
 from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
-from anomalib_intra.components.checkpoint_fit import check_architecture, forget_stale_calibration, tell_what_changed
+from anomalib_intra.components.checkpoint_fit import (
+    check_architecture,
+    check_class,
+    forget_stale_calibration,
+    tell_what_changed,
+)
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 from anomalib_intra.components.monitoring import agree_on_metrics, validates
 from anomalib_intra.components.pre_processor import OnImagesOnly
@@ -414,7 +420,16 @@ class TrainedModule(CalibratedModule):
 
         Returns:
             Self: The model.
+
+        Raises:
+            ValueError: If an argument is given that decides what the weights are for.
         """
+        if fixed := [name for name in cls.architecture if name in kwargs]:
+            msg = (
+                f"{cls.__name__}.load_from_checkpoint takes {', '.join(fixed)} from the checkpoint, whose weights are "
+                "for nothing else: leave that out."
+            )
+            raise ValueError(msg)
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
         model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
         path = args[0] if args else kwargs.get("checkpoint_path")
@@ -431,11 +446,13 @@ class TrainedModule(CalibratedModule):
         self._forget_callback_state(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture, then restore what was stored and still holds.
+        """Refuse a checkpoint of another class or architecture, then restore what was stored and still holds.
 
         Raises:
-            ValueError: If it is of another architecture.
+            ValueError: If it is of another class or architecture.
         """
+        weights = [f"model.{name}" for name, _ in self.model.named_parameters()]
+        check_class(self.name, signature(type(self)).parameters, weights, checkpoint)
         saved, present = self.completed(checkpoint.get("hyper_parameters", {})), self.completed(self.hparams)
         check_architecture(self.name, self.architecture, saved, present)
         self._forget_stale_calibration(checkpoint)

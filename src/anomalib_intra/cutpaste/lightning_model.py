@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.arguments import check_counts, check_weights, height_and_width
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
 from anomalib_intra.cutpaste.augmentation import ThreeForms
@@ -84,14 +84,14 @@ class CutPaste(TrainedModule):
     ) -> None:
         check_counts(samples_per_image=samples_per_image, images_per_step=images_per_step)
         check_weights(learning_rate=learning_rate)
-        check_sizes(image_size, patch_size)
         super().__init__(
-            (image_size[0], image_size[1]),
+            height_and_width(image_size),
             pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        check_sizes(self.image_size, patch_size)
         self.learning_rate = learning_rate
         self.samples_per_image = samples_per_image
         self.images_per_step = images_per_step

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.utils.data import DataLoader
 
 from anomalib_intra.components.anomaly_map import difference_map
-from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.arguments import check_counts, check_weights, height_and_width
 from anomalib_intra.components.monitoring import validates
 from anomalib_intra.components.reconstruction import Comparison, Reconstruction
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
@@ -122,7 +122,7 @@ class InTra(ReconstructionModule):
     ) -> None:
         check_counts(windows_per_image=windows_per_image, window_batch_size=window_batch_size)
         check_weights(learning_rate=learning_rate, alpha=alpha, beta=beta, patience=patience)
-        image_size = (image_size[0], image_size[1])
+        image_size = height_and_width(image_size)
         super().__init__(
             image_size,
             pre_processor,

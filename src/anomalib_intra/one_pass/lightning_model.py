@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.lr_scheduler import LambdaLR
 
 from anomalib_intra.components.anomaly_map import difference_map
-from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.arguments import check_counts, check_weights, height_and_width
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
@@ -113,7 +113,7 @@ class OnePassInTra(ReconstructionModule):
         visualizer: Visualizer | bool = True,
     ) -> None:
         super().__init__(
-            (image_size[0], image_size[1]),
+            height_and_width(image_size),
             pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
@@ -142,7 +142,7 @@ class OnePassInTra(ReconstructionModule):
             embed_dim,
             depth,
             num_heads,
-            radii=tuple(radii),
+            radii=radii,
             shortest_side=SHORTEST_SIDE,
         )
         self.loss = PaintingLoss(alpha, beta)

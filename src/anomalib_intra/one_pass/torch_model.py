@@ -7,6 +7,7 @@ lies in a hole cannot reach its query, however deep the model is.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,7 @@ class OnePassTransformer(nn.Module):
         depth (int): Number n of the queries' transformer blocks.
         num_heads (int): Number h of attention heads; divides D.
         block_size (int): Side length in patches of the blocks that near and far are told apart by.
-        radii (tuple[int, ...]): Radii of the holes the model knows, each in -1 .. ``block_size``.
+        radii (Sequence[int]): Radii of the holes the model knows, each in -1 .. ``block_size``.
         shortest_side (int): Fewest pixels of a side, where the loss that it is trained by needs some.
 
     Raises:
@@ -115,20 +116,20 @@ class OnePassTransformer(nn.Module):
         depth: int = 4,
         num_heads: int = 4,
         block_size: int = 4,
-        radii: tuple[int, ...] = (0, 1, 2),
+        radii: Sequence[int] = (0, 1, 2),
         shortest_side: int = 1,
     ) -> None:
         super().__init__()
         sizes = {"patch_size": patch_size, "embed_dim": embed_dim, "num_heads": num_heads, "block_size": block_size}
         check_counts(**sizes, depth=depth)
-        radii = tuple(radii)
         if embed_dim % num_heads:
             msg = f"num_heads={num_heads} must divide embed_dim={embed_dim}."
             raise ValueError(msg)
-        if not radii or len(set(radii)) < len(radii) or not all(-1 <= radius <= block_size for radius in radii):
+        are_different = isinstance(radii, Sequence) and 0 < len(radii) == len(set(radii))
+        if not are_different or not all(isinstance(one, int) and -1 <= one <= block_size for one in radii):
             msg = (
-                f"radii must be different numbers in -1 .. {block_size}, the block_size, got {radii}: a far block is "
-                "seen as a whole, so no hole may reach into one."
+                f"radii must be different numbers in -1 .. {block_size}, the block_size, such as (0, 1, 2), got "
+                f"{radii!r}: a far block is seen as a whole, so no hole may reach into one."
             )
             raise ValueError(msg)
         _check_image_size(*image_size, patch_size, max(radii), shortest_side)
@@ -137,7 +138,7 @@ class OnePassTransformer(nn.Module):
         self.patch_size = patch_size
         self.num_heads = num_heads
         self.block_size = block_size
-        self.radii = radii
+        self.radii = tuple(radii)
         self.grid = BlockGrid(image_size[0] // patch_size, image_size[1] // patch_size, block_size)
 
         self.register_buffer("channel_mean", torch.full((3,), 0.5))

@@ -18,7 +18,7 @@ from rich.progress import track
 from torch import nn
 from torch.utils.data import DataLoader
 
-from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.arguments import check_counts, check_weights, height_and_width
 from anomalib_intra.components.batch import is_normal
 from anomalib_intra.components.trained_module import Sampling, TrainedModule
 from anomalib_intra.patch_svdd.loss import LossTerms, PatchSVDDLoss
@@ -74,16 +74,16 @@ class PatchSVDD(TrainedModule):
         evaluator: Evaluator | bool = True,
         visualizer: Visualizer | bool = True,
     ) -> None:
-        check_trainable(image_size)
         check_counts(pairs_per_image=pairs_per_image, pair_batch_size=pair_batch_size)
         check_weights(learning_rate=learning_rate, svdd_weight=svdd_weight)
         super().__init__(
-            (image_size[0], image_size[1]),
+            height_and_width(image_size),
             pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,
             visualizer=visualizer,
         )
+        check_trainable(self.image_size)
         self.learning_rate = learning_rate
         self.pairs_per_image = pairs_per_image
         self.pair_batch_size = pair_batch_size

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 
-from anomalib_intra.components.arguments import check_counts, check_weights
+from anomalib_intra.components.arguments import check_counts, check_weights, height_and_width
 from anomalib_intra.components.reconstruction import Comparison
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
@@ -86,7 +86,7 @@ class RIAD(ReconstructionModule):
         check_counts(images_per_step=images_per_step)
         check_weights(learning_rate=learning_rate)
         super().__init__(
-            (image_size[0], image_size[1]),
+            height_and_width(image_size),
             pre_processor,
             post_processor=post_processor,
             evaluator=evaluator,

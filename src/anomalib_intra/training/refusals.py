@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How an error ends a command: a sentence where it is for the user to mend, a traceback where a program is at fault."""
+
+import linecache
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+#: Packages that refuse what users give, files above all, in sentences.
+_REFUSING = ("anomalib_intra.", "anomalib.data.")
+
+_Built = TypeVar("_Built")
+
+
+def is_refusal(error: Exception) -> bool:
+    """Tell whether an error is meant for the user: a file is missing, or we, or what reads images, said no on purpose.
+
+    Args:
+        error (Exception): An error that was raised.
+
+    Returns:
+        bool: Whether it was raised by a ``raise`` of ours; one that comes out of any other line is a fault.
+
+    Example:
+        >>> try:
+        ...     int("two")
+        ... except ValueError as error:
+        ...     is_refusal(error)
+        False
+    """
+    if isinstance(error, FileNotFoundError):
+        return True
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    statement = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
+    return frame.f_globals["__name__"].startswith(_REFUSING) and statement.lstrip().startswith("raise ")
+
+
+@contextmanager
+def refusing(hint: Callable[[Exception], str] = lambda _: "") -> Iterator[None]:
+    """End with a sentence and exit code 2 where a command of anomalib cannot do what it is asked for.
+
+    Args:
+        hint (Callable): Gives what helps beside the sentence of an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        sys.stderr.write(f"anomalib-intra: {error}{hint(error)}\n")
+        sys.exit(2)
+
+
+def build(class_type: type[_Built], *args: Any, **kwargs: Any) -> _Built:
+    """Build what a command line asks for, as an instantiator of jsonargparse.
+
+    jsonargparse wraps what a constructor says into what it thinks of each type that the argument may have.
+
+    Args:
+        class_type (type): Class of a model, a datamodule or a part of them.
+        *args (Any): Its arguments.
+        **kwargs (Any): The same.
+
+    Returns:
+        Any: The object.
+    """
+    with refusing():
+        return class_type(*args, **kwargs)
