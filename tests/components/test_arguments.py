@@ -158,5 +158,10 @@ def test_another_class_is_refused_as_such(tmp_path: Path) -> None:
 
 
 def test_a_loaded_model_is_what_its_checkpoint_says(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"InTra.load_from_checkpoint takes image_size, depth from the checkpoint"):
-        InTra.load_from_checkpoint(saved(tmp_path / "model.ckpt"), depth=4, image_size=(96, 96))
+    path = saved(tmp_path / "model.ckpt")
+    loaded = InTra.load_from_checkpoint(path, image_size=[64, 64], depth=TINY["depth"], visualizer=False)
+    assert (loaded.image_size, loaded.visualizer) == ((64, 64), None)
+    with pytest.raises(
+        ValueError, match=r"another InTra, with image_size=\(64, 64\) \(here \(96, 96\)\), depth=3 \(here 4\)"
+    ):
+        InTra.load_from_checkpoint(path, depth=4, image_size=(96, 96))

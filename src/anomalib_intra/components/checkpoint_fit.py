@@ -76,7 +76,7 @@ def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any
         Traceback (most recent call last):
         ...
         ValueError: The checkpoint is of another InTra, with depth=13 (here 4): build the model with the checkpoint's \
-values, or use InTra.load_from_checkpoint, which does.
+values, or use InTra.load_from_checkpoint without them.
     """
     differing = [
         f"{name}={_plain(saved[name])!r} (here {_plain(present[name])!r})" for name in _differing(names, saved, present)
@@ -84,7 +84,7 @@ values, or use InTra.load_from_checkpoint, which does.
     if differing:
         msg = (
             f"The checkpoint is of another {model}, with {', '.join(differing)}: build the model with the checkpoint's "
-            f"values, or use {model}.load_from_checkpoint, which does."
+            f"values, or use {model}.load_from_checkpoint without them."
         )
         raise ValueError(msg)
 

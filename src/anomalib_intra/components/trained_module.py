@@ -422,16 +422,12 @@ class TrainedModule(CalibratedModule):
             Self: The model.
 
         Raises:
-            ValueError: If an argument is given that decides what the weights are for.
+            ValueError: If an argument that decides what the weights are for is not that of the checkpoint.
         """
-        if fixed := [name for name in cls.architecture if name in kwargs]:
-            msg = (
-                f"{cls.__name__}.load_from_checkpoint takes {', '.join(fixed)} from the checkpoint, whose weights are "
-                "for nothing else: leave that out."
-            )
-            raise ValueError(msg)
+        asked = {name: kwargs.pop(name) for name in cls.architecture if name in kwargs}
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
         model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
+        check_architecture(model.name, list(asked), cls.completed(model.hparams), asked)
         path = args[0] if args else kwargs.get("checkpoint_path")
         model.loaded_from = str(path) if isinstance(path, str | Path) else None
         return model
