@@ -24,6 +24,7 @@ from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
+from anomalib_intra.data.folders import check_folders
 from anomalib_intra.data.image_files import check_image_files, warn_of_test_images
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
@@ -169,13 +170,13 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that this model cannot work with; say before a training what its test would refuse.
+        """Refuse a precision that this model cannot work with; look at the images of a training and of its test.
 
         Args:
             stage (str): Lightning's name of what begins.
 
         Raises:
-            ValueError: If the trainer has such a precision.
+            ValueError: If the trainer has such a precision, or a file is a good and a bad image at once.
         """
         super().setup(stage)
         if self.trainer.precision not in _PRECISIONS:
@@ -184,6 +185,8 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
                 f"need float32 beside it. Take {', '.join(_PRECISIONS[:-1])} or {_PRECISIONS[-1]}."
             )
             raise ValueError(msg)
+        if stage == "fit":
+            check_folders(self.trainer.datamodule)  # type: ignore[attr-defined]  # set by Lightning
         if stage == "fit" and self.trainer.is_global_zero:
             warn_of_test_images(getattr(self.trainer.datamodule, "test_data", None))  # type: ignore[attr-defined]
 
