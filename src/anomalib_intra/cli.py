@@ -4,6 +4,7 @@
 It adds the few commands that anomalib has no place for.
 """
 
+import re
 import signal
 import sys
 from argparse import ArgumentParser as PlainParser
@@ -39,6 +40,9 @@ _MORE_TO_DO = 75
 #: How anomalib begins where it takes no path with other letters than ASCII, or a long one.
 _REFUSED_PATHS = ("Path contains non-printable characters", "Path is too long")
 
+#: How numpy ends it where anomalib gives bad images their masks and counts differ.
+_OTHER_COUNT = re.compile(r"NumPy boolean array indexing assignment cannot assign (\d+) .* the (\d+) output")
+
 
 def main() -> None:
     """Run one of our own commands, or hand all arguments over to anomalib's command line.
@@ -67,7 +71,7 @@ def main() -> None:
     else:
         configure_logger()
         print_each_line_once()
-        with _showing_a_way_around_paths():
+        with _explaining_refusals():
             AnomalibCLI(arguments)
 
 
@@ -236,18 +240,25 @@ def _refusing(name: str) -> Iterator[None]:
 
 
 @contextmanager
-def _showing_a_way_around_paths() -> Iterator[None]:
-    """Add what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
+def _explaining_refusals() -> Iterator[None]:
+    """Add what helps where anomalib refuses folders."""
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith(_REFUSED_PATHS):
+        counts = _OTHER_COUNT.match(str(error))
+        if str(error).startswith(_REFUSED_PATHS):
+            # Of whole paths alone, it does not follow links before it looks.
+            words = (
+                f"{error}. Rename the folder, or make a link to it whose path has at most 512 ASCII characters, and "
+                "give whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad to train, "
+                "--data /LINK/new to predict."
+            )
+        elif counts:
+            words = "mask_dir holds {} masks for the {} images of abnormal_dir: give each a mask of its name."
+            words = words.format(*counts.groups())
+        else:
             raise
-        sys.stderr.write(
-            f"anomalib-intra: {error}. Rename the folder, or make a link to it whose path has at most 512 ASCII "
-            "characters, and give whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad "
-            "to train, --data /LINK/new to predict.\n"
-        )
+        sys.stderr.write(f"anomalib-intra: {words}\n")
         sys.exit(2)
 
 

@@ -36,6 +36,9 @@ _PASSED_OVER = (".jfif", ".jpe", ".jp2", ".gif", ".heic", ".avif", ".tga", ".dng
 #: Below this value of 255, an image of 16 bits per colour is taken for one of fewer bits.
 _DARK = 64
 
+#: A mask with more shades is no longer black and white, or a number for each kind of defect.
+_MOST_SHADES = 8
+
 #: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
 _SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
 
@@ -58,10 +61,10 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -
       exported models read them the same way; only images that are not would have to be turned;
     - a warning tells of TIFF files of which only a part is read, of image files of other kinds beside those that are
       read, and of 16 bits per colour that are nearly black when read;
-    - a warning tells of shapes that are squeezed to another.
+    - a warning tells of shapes that are squeezed to another, and of masks in shades of grey.
 
     Headers and checksums are read, about 1 ms a file; only formats without either (and JPEG files with something behind
-    their end) are decoded.
+    their end) are decoded, and the first mask.
 
     Args:
         loaders (Any): A DataLoader, or several, of an anomalib dataset, a PredictDataset or a Subset of one. Others
@@ -93,6 +96,7 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -
             logger.warning(f"%d of %d images {words}", len(odd), len(files), odd[0])
     _warn_of_dark_depths(looks)
     _warn_of_files_passed_over(looks)
+    _warn_of_grey_masks([mask_path for _, mask_paths in files for mask_path in mask_paths])
     if resized_to is not None:
         _warn_of_shapes(looks, *resized_to)
 
@@ -325,6 +329,22 @@ def _warn_of_files_passed_over(looks: list[_Look]) -> None:
             "%d files beside the images are passed over, such as %s: anomalib does not read such. Save them as PNG.",
             len(passed_over),
             passed_over[0],
+        )
+
+
+def _warn_of_grey_masks(mask_paths: list[str]) -> None:
+    if not mask_paths:
+        return
+    with Image.open(mask_paths[0]) as image:  # one tells of all: decoding takes long
+        shades = image.convert("L").histogram()
+    if sum(count > 0 for count in shades) > _MOST_SHADES:
+        logger.warning(
+            "Masks have shades of grey, as JPEG files and smooth edges do, and every pixel that is not black counts as "
+            "anomalous: %d of %s, of which %d are lighter than mid-grey. Make masks black and white, such as with "
+            "PIL's image.point(lambda value: 255 * (value > 127)), and save them as PNG.",
+            sum(shades[1:]),
+            mask_paths[0],
+            sum(shades[128:]),
         )
 
 
