@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A look at the image files of a run before it reads them: some would be read wrongly without a word."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -114,6 +115,19 @@ def warn_of_test_images(dataset: Any) -> None:
             "%s Mend this before the training ends: the test will refuse them.",
             _in_one_sentence(problems, len(files), "test images"),
         )
+
+
+def fingerprint(dataset: Any) -> str:
+    """Tell image files from others by their names and sizes, wherever they lie.
+
+    Args:
+        dataset (Any): An anomalib dataset, a PredictDataset or a Subset of one; of all others, no files are known.
+
+    Returns:
+        str: Hexadecimal digits.
+    """
+    paths = [Path(path) for path, _ in _files_of(dataset)]
+    return hashlib.sha256(repr(sorted((path.name, path.stat().st_size) for path in paths)).encode()).hexdigest()
 
 
 def mask_files(mask_path: Any) -> list[str]:
