@@ -349,6 +349,19 @@ def test_shapes_that_the_datamodule_crops_are_not_spoken_of(
     assert "squeezed" not in caplog.text
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_shapes_that_are_squeezed_and_then_turned_in_training_are_named(
+    tmp_path: Path, turned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_intra(augment=turned, windows_per_image=1)
+    engine = tiny_engine(tmp_path / "r", max_steps=1, logger=False)
+    engine.fit(model, datamodule=parts(tmp_path, (64, 96)))
+    engine.predict(model, data_path=tmp_path / "normal")
+    of_shapes = [message for message in caplog.messages if "squeezed" in message]
+    assert len(of_shapes) == turned
+    assert all(re.search(r"64 x 96 .* 64 x 64 and turned.* '\[64, 96\]'", message) for message in of_shapes)
+
+
 @pytest.mark.parametrize(("height", "width"), [(100, 1), (1, 100), (1, 1)])
 def test_images_1_pixel_wide_or_high_are_scored(model: InTra, tmp_path: Path, height: int, width: int) -> None:
     picture(height, width).save(tmp_path / "thin.png")

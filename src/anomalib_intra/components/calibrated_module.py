@@ -89,6 +89,11 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         return 1
 
     @property
+    def turns_images(self) -> bool:
+        """Whether training images are turned, by a quarter or by any angle."""
+        return False
+
+    @property
     @abstractmethod
     def is_calibrated(self) -> bool:
         """Whether the model can score images."""
@@ -317,7 +322,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             if loader is not None and not isinstance(loader, DataLoader):
                 msg = f"{self.name} takes one DataLoader for training and one for validation, not {type(loader)}."
                 raise TypeError(msg)
-        self._check_files([train_loader, val_loader])
+        self._check_files([train_loader, val_loader], self.turns_images and self.trainer.state.fn == "fit")
         return NormalImages.of(
             train_loader,
             val_loader,
@@ -348,10 +353,10 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         paths = batch.image_path or ["an image without a path"] * len(normal)
         return Prepared(images[normal], [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
 
-    def _check_files(self, loaders: Any) -> None:
+    def _check_files(self, loaders: Any, turned: bool = False) -> None:
         own = parts_of(getattr(self.pre_processor, "transform", None))
         only_resized = [type(part) for part in own] == [Resize] and not any(map(self._described, datasets_of(loaders)))
-        check_image_files(loaders, self.image_size if only_resized else None)
+        check_image_files(loaders, self.image_size if only_resized else None, turned)
 
     def _check_images(self, images: torch.Tensor) -> None:
         self._check_shape(images)

@@ -48,7 +48,7 @@ _TAG_OF_CHANNELS = 277
 _END_OF_JPEG = b"\xff\xd9"
 
 
-def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -> None:
+def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None, turned: bool = False) -> None:
     """Refuse the files of a run if some cannot be read, or would not be read as they are meant.
 
     anomalib reads images as 8-bit RGB, with the pixels as they are stored. Therefore
@@ -72,6 +72,7 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -
             are not looked at.
         resized_to (tuple[int, int] | None): Height and width to which whole images are resized; None where something
             else is done to them.
+        turned (bool): Whether they are then turned, by a quarter or by any angle.
 
     Raises:
         ValueError: If there are unusable files.
@@ -99,7 +100,7 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -
     _warn_of_files_passed_over(looks)
     _warn_of_grey_masks([mask_path for _, mask_paths in files for mask_path in mask_paths])
     if resized_to is not None:
-        _warn_of_shapes(looks, *resized_to)
+        _warn_of_shapes(looks, *resized_to, turned)
 
 
 def warn_of_test_images(dataset: Any) -> None:
@@ -362,7 +363,7 @@ def _warn_of_grey_masks(mask_paths: list[str]) -> None:
         )
 
 
-def _warn_of_shapes(looks: list[_Look], height: int, width: int) -> None:
+def _warn_of_shapes(looks: list[_Look], height: int, width: int, turned: bool) -> None:
     if not looks:
         return
     by_shape = sorted(looks, key=lambda look: look.shape)
@@ -377,7 +378,17 @@ def _warn_of_shapes(looks: list[_Look], height: int, width: int) -> None:
         )
         return
     differ = tallest.shape * height / width
-    if max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
+    if turned and max(differ, 1 / differ) > _SHAPES_DIFFER:
+        logger.warning(
+            "Images of %d x %d pixels (height x width) are squeezed to %d x %d and turned, which distorts parts as no "
+            "camera does. Train with a size of their shape, about --model.image_size '[%d, %d]' in multiples of the "
+            "patch size, or without turning them (--model.rotate false, --model.augment false).",
+            *tallest.size[::-1],
+            height,
+            width,
+            *(round(side * min(height, width) / min(tallest.size)) for side in tallest.size[::-1]),
+        )
+    elif max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
         logger.warning(
             "Images of %d x %d pixels (height x width) are squeezed to %d x %d, in which small defects may be lost. "
             "Train with a size of about their shape, in multiples of the patch size, such as --model.image_size "
