@@ -4,6 +4,7 @@
 It adds the few commands that anomalib has no place for.
 """
 
+import re
 import signal
 import sys
 from argparse import SUPPRESS
@@ -42,6 +43,9 @@ _MORE_TO_DO = 75
 #: How anomalib begins where it takes no path with other letters than ASCII, or a long one.
 _REFUSED_PATHS = ("Path contains non-printable characters", "Path is too long")
 
+#: How numpy ends it where anomalib gives bad images their masks and counts differ.
+_OTHER_COUNT = re.compile(r"NumPy boolean array indexing assignment cannot assign (\d+) .* the (\d+) output")
+
 
 def main() -> None:
     """Run one of our own commands, or hand all arguments over to anomalib's command line.
@@ -72,7 +76,7 @@ def main() -> None:
     else:
         configure_logger()
         print_each_line_once()
-        with refusing(_way_around_paths):
+        with refusing(_in_clear_words):
             CommandLine(arguments)
 
 
@@ -286,14 +290,20 @@ def _refusing(name: str) -> Iterator[None]:
         sys.exit(2)
 
 
-def _way_around_paths(error: Exception) -> str:
-    """Say what helps where anomalib refuses a path: of whole paths alone, it does not follow links before it looks."""
-    if not str(error).startswith(_REFUSED_PATHS):
-        return ""
-    return (
-        ". Rename the folder, or make a link to it whose path has at most 512 ASCII characters, and give whole paths "
-        "through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad to train, --data /LINK/new to predict."
-    )
+def _in_clear_words(error: Exception) -> str | None:
+    """Say what is wrong, and what helps, where anomalib refuses folders in words that do not tell."""
+    if str(error).startswith(_REFUSED_PATHS):
+        # Of whole paths alone, it does not follow links before it looks.
+        return (
+            f"{error}. Rename the folder, or make a link to it whose path has at most 512 ASCII characters, and give "
+            "whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad to train, "
+            "--data /LINK/new to predict."
+        )
+    if counts := _OTHER_COUNT.match(str(error)):
+        return "mask_dir holds {} masks for the {} images of abnormal_dir: give each a mask of its name.".format(
+            *counts.groups()
+        )
+    return None
 
 
 def _speed(

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 import torch
 from anomalib.data import Folder, ImageBatch, PredictDataset
-from anomalib.data.utils import read_image
+from anomalib.data.datasets.image.folder import FolderDataset
+from anomalib.data.utils import read_image, read_mask
 from lightning.pytorch import seed_everything
 from PIL import Image, JpegImagePlugin, PngImagePlugin
 from torch.utils.data import DataLoader, Subset
@@ -348,6 +349,19 @@ def test_shapes_that_the_datamodule_crops_are_not_spoken_of(
     assert "squeezed" not in caplog.text
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_shapes_that_are_squeezed_and_then_turned_in_training_are_named(
+    tmp_path: Path, turned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_intra(augment=turned, windows_per_image=1)
+    engine = tiny_engine(tmp_path / "r", max_steps=1, logger=False)
+    engine.fit(model, datamodule=parts(tmp_path, (64, 96)))
+    engine.predict(model, data_path=tmp_path / "normal")
+    of_shapes = [message for message in caplog.messages if "squeezed" in message]
+    assert len(of_shapes) == turned
+    assert all(re.search(r"64 x 96 .* 64 x 64 and turned.* '\[64, 96\]'", message) for message in of_shapes)
+
+
 @pytest.mark.parametrize(("height", "width"), [(100, 1), (1, 100), (1, 1)])
 def test_images_1_pixel_wide_or_high_are_scored(model: InTra, tmp_path: Path, height: int, width: int) -> None:
     picture(height, width).save(tmp_path / "thin.png")
@@ -415,6 +429,49 @@ def test_masks_of_another_size_than_their_image_are_refused(
 def test_masks_1_pixel_wide_are_refused(model: InTra, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0\.png is a mask 1 pixel wide or high"):
         tiny_engine(tmp_path / "r").test(model, datamodule=parts(tmp_path / "thin", (64, 1), (64, 1)))
+
+
+FROM_MIDDLE = np.hypot(*(np.mgrid[:64, :64] - 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "is_grey"),
+    [
+        ("spot.png", 255 * (FROM_MIDDLE < 15), False),
+        ("kinds.png", (3 - FROM_MIDDLE // 8).clip(0), False),
+        ("smooth.png", (20 - FROM_MIDDLE).clip(0, 10) * 25.5, True),
+        ("spot.jpg", 255 * (FROM_MIDDLE < 15), True),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_masks_in_shades_of_grey_are_named(
+    tmp_path: Path, name: str, values: np.ndarray, is_grey: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.fromarray(values.astype(np.uint8)).save(tmp_path / name)
+    counted = np.asarray(read_mask(tmp_path / name))
+    for number in range(2):
+        picture().save(tmp_path / f"{number}.png")
+    dataset = FolderDataset("parts", normal_dir=tmp_path)
+    dataset.samples["label_index"], dataset.samples["mask_path"] = 1, str(tmp_path / name)
+    check_image_files(DataLoader(dataset))
+    found = [re.search(rf"shades of grey.*: (\d+) of .*{name}, of which (\d+) are lighter", x) for x in caplog.messages]
+    expected = [[(counted > 0).sum(), (counted > 127).sum()]] if is_grey else []
+    assert [[int(number) for number in match.groups()] for match in found if match] == expected
+
+
+def test_more_or_fewer_masks_than_bad_images_are_counted_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts(tmp_path, (64, 96))
+    Image.new("L", (96, 64)).save(tmp_path / "masks/2.png")
+    folders = {"root": tmp_path, "normal_dir": "normal", "abnormal_dir": "broken", "mask_dir": "masks"}
+    given = [f"--data.{name}={value}" for name, value in folders.items()]
+    words = ["train", "--config", "own_images", *given, f"--default_root_dir={tmp_path / 'r'}"]
+    monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, "--trainer.accelerator=cpu"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "mask_dir holds 3 masks for the 2 images of abnormal_dir" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_original_size_joins_several_masks_of_an_image(tmp_path: Path) -> None:

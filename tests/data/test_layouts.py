@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from anomalib.data import AnomalibDataModule, MVTecAD2, MVTecLOCO
+from anomalib.data import AnomalibDataModule, Folder, MVTecAD2, MVTecLOCO
 from PIL import Image
 
 from anomalib_intra import InTraPostProcessor
+from anomalib_intra.data.folders import check_folders
 
 from ..conftest import tiny_engine, tiny_intra
 
@@ -68,3 +69,53 @@ def test_a_model_is_trained_and_tested(tmp_path: Path, make: Callable, original_
     assert metrics["image_AUROC"] == 1.0
     assert metrics["pixel_AUROC"] > 0.6
     assert len(list((Path(engine.trainer.default_root_dir) / "images").rglob("*.png"))) == tested
+
+
+def folders(root: Path, **given: str | list[str]) -> Folder:
+    return Folder("parts", root=root, num_workers=0, val_split_mode="from_train", seed=0, **given)
+
+
+def test_bad_images_below_the_good_ones_are_refused_before_a_training(tmp_path: Path) -> None:
+    normal(tmp_path, "parts", "parts/bad")
+    datamodule = folders(tmp_path, normal_dir="parts", abnormal_dir="parts/bad")
+    with pytest.raises(ValueError, match=r"^4 images are among the good .*bad/000\.png: .* out of that of good ones"):
+        tiny_engine(tmp_path / "r", max_epochs=1).fit(tiny_intra(), datamodule=datamodule)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_good_test_images_that_are_trained_on_are_named(
+    tmp_path: Path, below: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    test = "good/test" if below else "test"
+    normal(tmp_path, "good", test, "bad")
+    datamodule = folders(tmp_path, normal_dir="good", normal_test_dir=test, abnormal_dir="bad")
+    datamodule.setup()
+    check_folders(datamodule)
+    too_good = [message for message in caplog.messages if "scores will be too good" in message]
+    assert len(too_good) == below
+    assert all("4 training images are validated or tested on, too, such as" in message for message in too_good)
+
+
+@pytest.mark.parametrize(
+    ("given", "made", "level"),
+    [
+        ("good", ["good"], None),
+        (["good", "other"], ["good", "other"], None),
+        (".", ["good"], None),  # all from one folder below
+        ("good", ["good/monday", "good/tuesday"], "INFO"),
+        ("good", ["good", "good/old"], "WARNING"),
+    ],
+    ids=str,
+)
+def test_subfolders_of_training_images_are_told(
+    tmp_path: Path, given: str | list[str], made: list[str], level: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    normal(tmp_path, *made)
+    datamodule = folders(tmp_path, normal_dir=given)
+    datamodule.setup()
+    check_folders(datamodule)
+    told = [record for record in caplog.records if "Training images come from" in record.getMessage()]
+    assert [record.levelname for record in told] == ([level] if level else [])
+    for record in told:
+        assert all(f" from {folder}" in record.getMessage() for folder in made)

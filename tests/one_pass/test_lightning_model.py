@@ -2,6 +2,7 @@
 """The one-pass model in use: training, resume, test, prediction, export, checkpoints."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,19 @@ def test_what_differs_when_a_training_goes_on_is_told(
         told = [message for message in caplog.messages if message.startswith("The training goes on with")]
         assert len(told) == bool(changed)
     assert "with images_per_step=3 (until now 1), rotate=True (until now False)." in told[0]
+
+
+def test_other_images_are_told_when_a_training_goes_on_but_not_a_folder_that_was_moved(
+    trained_one_pass: Run, demo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (last,) = Path(trained_one_pass.checkpoint).parent.glob("last.ckpt")
+    shutil.copytree(demo_root, tmp_path / "moved")
+    for category in ("weave", "speckle"):
+        caplog.clear()
+        datamodule = TextureDemo(tmp_path / "moved", category=category, num_workers=0)
+        tiny_engine(tmp_path / "r", max_epochs=6).fit(tiny_one_pass(), datamodule=datamodule, ckpt_path=last)
+        told = [message for message in caplog.messages if "goes on with other images" in message]
+        assert len(told) == (category == "speckle")
 
 
 def test_a_test_of_a_checkpoint_sees_images_as_the_calibration_did(

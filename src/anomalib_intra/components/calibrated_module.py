@@ -24,6 +24,7 @@ from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
+from anomalib_intra.data.folders import check_folders
 from anomalib_intra.data.image_files import check_image_files, warn_of_test_images
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
@@ -86,6 +87,11 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     def evaluated_at_once(self) -> int:
         """Images in a batch of validation and calibration."""
         return 1
+
+    @property
+    def turns_images(self) -> bool:
+        """Whether training images are turned, by a quarter or by any angle."""
+        return False
 
     @property
     @abstractmethod
@@ -169,13 +175,13 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     # ---- test and prediction -----------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that this model cannot work with; say before a training what its test would refuse.
+        """Refuse a precision that this model cannot work with; look at the images of a training and of its test.
 
         Args:
             stage (str): Lightning's name of what begins.
 
         Raises:
-            ValueError: If the trainer has such a precision.
+            ValueError: If the trainer has such a precision, or a file is a good and a bad image at once.
         """
         super().setup(stage)
         if self.trainer.precision not in _PRECISIONS:
@@ -184,6 +190,8 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
                 f"need float32 beside it. Take {', '.join(_PRECISIONS[:-1])} or {_PRECISIONS[-1]}."
             )
             raise ValueError(msg)
+        if stage == "fit":
+            check_folders(self.trainer.datamodule)  # type: ignore[attr-defined]  # set by Lightning
         if stage == "fit" and self.trainer.is_global_zero:
             warn_of_test_images(getattr(self.trainer.datamodule, "test_data", None))  # type: ignore[attr-defined]
 
@@ -314,7 +322,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             if loader is not None and not isinstance(loader, DataLoader):
                 msg = f"{self.name} takes one DataLoader for training and one for validation, not {type(loader)}."
                 raise TypeError(msg)
-        self._check_files([train_loader, val_loader])
+        self._check_files([train_loader, val_loader], self.turns_images and self.trainer.state.fn == "fit")
         return NormalImages.of(
             train_loader,
             val_loader,
@@ -345,10 +353,10 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         paths = batch.image_path or ["an image without a path"] * len(normal)
         return Prepared(images[normal], [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
 
-    def _check_files(self, loaders: Any) -> None:
+    def _check_files(self, loaders: Any, turned: bool = False) -> None:
         own = parts_of(getattr(self.pre_processor, "transform", None))
         only_resized = [type(part) for part in own] == [Resize] and not any(map(self._described, datasets_of(loaders)))
-        check_image_files(loaders, self.image_size if only_resized else None)
+        check_image_files(loaders, self.image_size if only_resized else None, turned)
 
     def _check_images(self, images: torch.Tensor) -> None:
         self._check_shape(images)

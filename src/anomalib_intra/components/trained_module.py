@@ -30,6 +30,7 @@ from anomalib_intra.components.checkpoint_fit import (
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 from anomalib_intra.components.monitoring import agree_on_metrics, validates
 from anomalib_intra.components.pre_processor import OnImagesOnly
+from anomalib_intra.data.image_files import fingerprint
 from anomalib_intra.data.normal_images import NormalImages, Share, shared_loader
 from anomalib_intra.data.samples import SampleLoader
 from anomalib_intra.report import RunReport
@@ -102,6 +103,7 @@ class TrainedModule(CalibratedModule):
         self._loader: SampleLoader[Any] | None = None
         self._sample_seed: int | None = None
         self._random_state: dict[str, Any] | None = None
+        self._trained_on: str | None = None
         self._resumed_from: str | None = None
         #: The checkpoint that the model was built from, if it was.
         self.loaded_from: str | None = None
@@ -184,7 +186,7 @@ class TrainedModule(CalibratedModule):
         super().setup(stage)
         if stage == "fit":
             # What another run left in the model; one that goes on from a checkpoint finds its own there.
-            self._sample_seed = self._random_state = self._resumed_from = None
+            self._sample_seed = self._random_state = self._trained_on = self._resumed_from = None
             self.losses = []
             self._finders.hold_back(self.trainer)
             seed_as_commanded(self, self.reset_parameters)
@@ -211,6 +213,7 @@ class TrainedModule(CalibratedModule):
         val_loader = validation.dataloader() if has_some else None
         wants_scores = isinstance(self.evaluator, SelectiveEvaluator) and self.evaluator.wants_scores
         self._images = self._sort_out(training.dataloader(), val_loader, wants_scores)
+        self._compare_images(fingerprint(self._images.training.dataset))
         self._scores_validation = wants_scores and self._images.anomalies_held_out and validates(self.trainer)
         agree_on_metrics(self.trainer, self.evaluator, self._scores_validation)
         if self._scores_validation:
@@ -236,6 +239,14 @@ class TrainedModule(CalibratedModule):
         self._first_epoch = self.current_epoch
         self.get_ready()
         self._finders.run(self.trainer, self)
+
+    def _compare_images(self, trained_on: str) -> None:
+        if self._trained_on not in (None, trained_on) and self.trainer.is_global_zero:
+            logger.warning(
+                "The training goes on with other images than it had until now. Those that set the thresholds may have "
+                "been learned from: give the data that it began with, or train anew, without a checkpoint."
+            )
+        self._trained_on = trained_on
 
     def get_ready(self) -> None:
         """Compute what a model needs before its first step; the loaders are there."""
@@ -433,11 +444,12 @@ class TrainedModule(CalibratedModule):
         return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store seed and state of random numbers, losses, and what the calibration depends on."""
+        """Store seed and state of random numbers, which images, losses, and what the calibration depends on."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}
         checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._sample_seed
+        checkpoint["trained_on"] = self._trained_on
         checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
 
@@ -459,6 +471,7 @@ class TrainedModule(CalibratedModule):
             if trainer.is_global_zero:
                 tell_what_changed(saved, present)
             self._sample_seed = checkpoint.get("draw_seed")
+            self._trained_on = checkpoint.get("trained_on")
             self._random_state = checkpoint.get("random_state")
         self._keep_what_was_trained(checkpoint)
         self.losses = checkpoint.get("losses", [])

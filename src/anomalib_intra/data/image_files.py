@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A look at the image files of a run before it reads them: some would be read wrongly without a word."""
 
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ _PASSED_OVER = (".jfif", ".jpe", ".jp2", ".gif", ".heic", ".avif", ".tga", ".dng
 #: Below this value of 255, an image of 16 bits per colour is taken for one of fewer bits.
 _DARK = 64
 
+#: A mask with more shades is no longer black and white, or a number for each kind of defect.
+_MOST_SHADES = 8
+
 #: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
 _SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
 
@@ -44,7 +48,7 @@ _TAG_OF_CHANNELS = 277
 _END_OF_JPEG = b"\xff\xd9"
 
 
-def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -> None:
+def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None, turned: bool = False) -> None:
     """Refuse the files of a run if some cannot be read, or would not be read as they are meant.
 
     anomalib reads images as 8-bit RGB, with the pixels as they are stored. Therefore
@@ -58,16 +62,17 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -
       exported models read them the same way; only images that are not would have to be turned;
     - a warning tells of TIFF files of which only a part is read, of image files of other kinds beside those that are
       read, and of 16 bits per colour that are nearly black when read;
-    - a warning tells of shapes that are squeezed to another.
+    - a warning tells of shapes that are squeezed to another, and of masks in shades of grey.
 
     Headers and checksums are read, about 1 ms a file; only formats without either (and JPEG files with something behind
-    their end) are decoded.
+    their end) are decoded, and the first mask.
 
     Args:
         loaders (Any): A DataLoader, or several, of an anomalib dataset, a PredictDataset or a Subset of one. Others
             are not looked at.
         resized_to (tuple[int, int] | None): Height and width to which whole images are resized; None where something
             else is done to them.
+        turned (bool): Whether they are then turned, by a quarter or by any angle.
 
     Raises:
         ValueError: If there are unusable files.
@@ -93,8 +98,9 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None) -
             logger.warning(f"%d of %d images {words}", len(odd), len(files), odd[0])
     _warn_of_dark_depths(looks)
     _warn_of_files_passed_over(looks)
+    _warn_of_grey_masks([mask_path for _, mask_paths in files for mask_path in mask_paths])
     if resized_to is not None:
-        _warn_of_shapes(looks, *resized_to)
+        _warn_of_shapes(looks, *resized_to, turned)
 
 
 def warn_of_test_images(dataset: Any) -> None:
@@ -110,6 +116,19 @@ def warn_of_test_images(dataset: Any) -> None:
             "%s Mend this before the training ends: the test will refuse them.",
             _in_one_sentence(problems, len(files), "test images"),
         )
+
+
+def fingerprint(dataset: Any) -> str:
+    """Tell image files from others by their names and sizes, wherever they lie.
+
+    Args:
+        dataset (Any): An anomalib dataset, a PredictDataset or a Subset of one; of all others, no files are known.
+
+    Returns:
+        str: Hexadecimal digits.
+    """
+    paths = [Path(path) for path, _ in _files_of(dataset)]
+    return hashlib.sha256(repr(sorted((path.name, path.stat().st_size) for path in paths)).encode()).hexdigest()
 
 
 def mask_files(mask_path: Any) -> list[str]:
@@ -328,7 +347,23 @@ def _warn_of_files_passed_over(looks: list[_Look]) -> None:
         )
 
 
-def _warn_of_shapes(looks: list[_Look], height: int, width: int) -> None:
+def _warn_of_grey_masks(mask_paths: list[str]) -> None:
+    if not mask_paths:
+        return
+    with Image.open(mask_paths[0]) as image:  # one tells of all: decoding takes long
+        shades = image.convert("L").histogram()
+    if sum(count > 0 for count in shades) > _MOST_SHADES:
+        logger.warning(
+            "Masks have shades of grey, as JPEG files and smooth edges do, and every pixel that is not black counts as "
+            "anomalous: %d of %s, of which %d are lighter than mid-grey. Make masks black and white, such as with "
+            "PIL's image.point(lambda value: 255 * (value > 127)), and save them as PNG.",
+            sum(shades[1:]),
+            mask_paths[0],
+            sum(shades[128:]),
+        )
+
+
+def _warn_of_shapes(looks: list[_Look], height: int, width: int, turned: bool) -> None:
     if not looks:
         return
     by_shape = sorted(looks, key=lambda look: look.shape)
@@ -343,7 +378,17 @@ def _warn_of_shapes(looks: list[_Look], height: int, width: int) -> None:
         )
         return
     differ = tallest.shape * height / width
-    if max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
+    if turned and max(differ, 1 / differ) > _SHAPES_DIFFER:
+        logger.warning(
+            "Images of %d x %d pixels (height x width) are squeezed to %d x %d and turned, which distorts parts as no "
+            "camera does. Train with a size of their shape, about --model.image_size '[%d, %d]' in multiples of the "
+            "patch size, or without turning them (--model.rotate false, --model.augment false).",
+            *tallest.size[::-1],
+            height,
+            width,
+            *(round(side * min(height, width) / min(tallest.size)) for side in tallest.size[::-1]),
+        )
+    elif max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
         logger.warning(
             "Images of %d x %d pixels (height x width) are squeezed to %d x %d, in which small defects may be lost. "
             "Train with a size of about their shape, in multiples of the patch size, such as --model.image_size "

@@ -181,6 +181,11 @@ class InTra(ReconstructionModule):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     @property
+    def turns_images(self) -> bool:
+        """Whether training images are turned by a quarter, as square ones are."""
+        return self.augment and self.image_size[0] == self.image_size[1]
+
+    @property
     def sampling(self) -> Sampling:
         """Windows with a hidden patch (sec. 4.1)."""
         sample = partial(

@@ -195,6 +195,11 @@ class OnePassInTra(ReconstructionModule):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     @property
+    def turns_images(self) -> bool:
+        """Whether training images are turned, by a quarter or by any angle; ``augment`` turns square ones."""
+        return self.rotate or (self.augment and self.image_size[0] == self.image_size[1])
+
+    @property
     def sampling(self) -> Sampling:
         """Whole images."""
         return Sampling(partial(sample_images, augment=self.augment), 1, self.images_per_step)

@@ -38,18 +38,20 @@ def is_refusal(error: Exception) -> bool:
 
 
 @contextmanager
-def refusing(hint: Callable[[Exception], str] = lambda _: "") -> Iterator[None]:
+def refusing(in_clear_words: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
     """End with a sentence and exit code 2 where a command of anomalib cannot do what it is asked for.
 
     Args:
-        hint (Callable): Gives what helps beside the sentence of an error.
+        in_clear_words (Callable): Gives the sentence of an error that has none of its own, or not the whole one; None
+            for all others.
     """
     try:
         yield
     except Exception as error:
-        if not is_refusal(error):
+        sentence = in_clear_words(error) or (str(error) if is_refusal(error) else None)
+        if sentence is None:
             raise
-        sys.stderr.write(f"anomalib-intra: {error}{hint(error)}\n")
+        sys.stderr.write(f"anomalib-intra: {sentence}\n")
         sys.exit(2)
 
 
