@@ -22,7 +22,7 @@ from anomalib_intra.report.page import render_predictions
 from anomalib_intra.report.panels import draw_thumbnails
 from anomalib_intra.report.record import PredictionRecord, Scored
 
-from ..conftest import Run, tiny_engine, tiny_intra, tiny_patch_svdd
+from ..conftest import Run, latest_prediction, tiny_engine, tiny_intra, tiny_patch_svdd
 from .test_report import DAY, Page, needs_chromium, open_in_browser, page_of
 
 
@@ -40,7 +40,7 @@ def predict(model: object, root: Path, **what: object) -> Predicted:
     paths = [path for batch in batches for path in batch.image_path]
     values = [torch.cat([getattr(batch, name) for batch in batches]).tolist() for name in ("pred_score", "pred_label")]
     scores, called = (dict(zip(paths, each, strict=True)) for each in values)
-    return Predicted(Path(engine.trainer.default_root_dir), scores, called)
+    return Predicted(latest_prediction(engine), scores, called)
 
 
 @pytest.fixture(scope="module")
@@ -130,25 +130,31 @@ def test_without_a_visualizer_a_prediction_writes_nothing(trained_intra: Run, fe
     silent = tiny_intra(visualizer=False)
     silent.load_state_dict(trained_intra.model.state_dict())
     tiny_engine(tmp_path).predict(silent, data_path=few_root / "weave/test/hole")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name == "predictions"] == []
 
 
-def test_report_of_a_test_stays_and_the_page_of_the_last_prediction_is_written(
+def test_every_prediction_has_a_folder_of_its_own_beside_the_report_of_a_test(
     trained_intra: Run, few: TextureDemo, few_root: Path, tmp_path: Path
 ) -> None:
-    engine, model = tiny_engine(tmp_path), deepcopy(trained_intra.model)
-    for kind in ("hole", "good"):
-        engine.predict(model, data_path=few_root / "weave/test" / kind)
-    run = Path(engine.trainer.default_root_dir)
-    assert "8 images" in page_of(run).words
+    """One lot of parts follows the other, with files of equal names; two of them may be predicted in one second."""
+    lots = [tmp_path / lot for lot in ("monday", "tuesday")]
+    for lot, image in zip(lots, ("hole/000.png", "good/000.png"), strict=True):
+        lot.mkdir()
+        shutil.copy(few_root / "weave/test" / image, lot / "part.png")
+    engine, model = tiny_engine(tmp_path / "results"), deepcopy(trained_intra.model)
     engine.test(model, datamodule=few)
     run = Path(engine.trainer.default_root_dir)
-    report = (run / "report.html").read_text(encoding="utf-8")
-    assert "Image AUROC" in report
-    engine.predict(model, datamodule=few)
-    assert Path(engine.trainer.default_root_dir) == run
-    assert (run / "report.html").read_text(encoding="utf-8") == report
-    assert "Predictions of" in (run / "predictions.html").read_text(encoding="utf-8")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    folders = []
+    for lot in lots:
+        engine.predict(model, data_path=lot)
+        assert Path(engine.trainer.default_root_dir) == run
+        folders.append(latest_prediction(engine))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert sorted(folders) == sorted((run / "predictions").iterdir())
+    for lot, folder in zip(lots, folders, strict=True):
+        assert "1 image, " in page_of(folder).words
+        assert [path.name for path in (folder / "images" / lot.name).iterdir()] == ["part.png"]
 
 
 def test_models_that_expect_nothing_have_a_page_too(trained_patch_svdd: Run, few_root: Path, tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_a_name_that_is_no_utf_8_is_written_with_its_bytes(trained_intra: Run, f
     shutil.copy(few_root / "weave/test/hole/000.png", folder / os.fsdecode(b"teil_\xe4.png"))
     engine = tiny_engine(tmp_path)
     assert engine.predict(deepcopy(trained_intra.model), data_path=folder)
-    page = page_of(Path(engine.trainer.default_root_dir))
+    page = page_of(latest_prediction(engine))
     assert "teil_\\xe4.png" in page.words
 
 

@@ -16,7 +16,7 @@ from anomalib.data import ImageBatch
 from anomalib.loggers.base import ImageLoggerBase
 from lightning.pytorch import Callback, Trainer
 
-from anomalib_intra.report.page import is_of_predictions, render, render_predictions
+from anomalib_intra.report.page import render, render_predictions
 from anomalib_intra.report.panels import draw_panels, draw_thumbnails, side_by_side
 from anomalib_intra.report.plots import training_curves
 from anomalib_intra.report.record import CaseList, PredictionRecord, Scored, TestRecord
@@ -33,7 +33,6 @@ class RunReport(Callback):
     and Comet).
 
     A prediction gets a ``report.html`` too: all images, the most suspicious first, with a threshold that can be moved.
-    Where the folder already has the report of a test, it is called ``predictions.html``.
 
     Every model of this package has one, unless its ``visualizer`` is False.
 
@@ -126,9 +125,6 @@ class RunReport(Callback):
             return
         assert isinstance(record, PredictionRecord)
         path = Path(trainer.default_root_dir) / "report.html"
-        # Who trains, tests and predicts with one Engine does so in one folder.
-        if path.is_file() and not is_of_predictions(path.read_text(encoding="utf-8")):
-            path = path.with_name("predictions.html")
         threshold = pl_module.post_processor.decision_threshold
         page = render_predictions(record, _title(trainer, pl_module), datetime.now(), threshold)
         path.write_text(page, encoding="utf-8")

@@ -127,18 +127,6 @@ def render_predictions(record: PredictionRecord, title: str, date: datetime, thr
     )
 
 
-def is_of_predictions(page: str) -> bool:
-    """Tell the page of a prediction from that of a test.
-
-    Args:
-        page (str): HTML.
-
-    Returns:
-        bool: Whether :func:`render_predictions` wrote it.
-    """
-    return '<body class="predictions">' in page
-
-
 def _fill(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("anomalib_intra", "report"),
