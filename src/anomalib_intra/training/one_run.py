@@ -122,7 +122,7 @@ class OneRun(Callback):
         del pl_module
         self._folder = Path(trainer.default_root_dir)
         now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        own = _new_folder(self._folder / "predictions", now) if trainer.is_global_zero else None
+        own = _new_folder(self._folder / "predictions", now) if trainer.is_global_zero else self._folder
         set_run_folder(trainer, trainer.strategy.broadcast(own))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
