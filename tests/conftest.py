@@ -108,6 +108,12 @@ def tiny_engine(root: Path, **kwargs: object) -> Engine:
     return Engine(default_root_dir=root, enable_model_summary=False, **kwargs)
 
 
+def latest_prediction(engine: Engine) -> Path:
+    """The folder that the last prediction of an Engine wrote into."""
+    predictions = Path(engine.trainer.default_root_dir) / "predictions"
+    return max(predictions.iterdir(), key=lambda folder: folder.stat().st_ctime_ns)
+
+
 def tiny_intra(**kwargs: object) -> InTra:
     """A tiny model. It draws no pictures unless it is told to: they take three times as long as its training."""
     return InTra(**{**TINY, "visualizer": False, **kwargs})

@@ -9,7 +9,7 @@ import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.metrics import AUPRO, Evaluator
 
-from .conftest import TINY, TINY_ONE_PASS
+from .conftest import TINY, TINY_ONE_PASS, latest_prediction
 
 pytest.importorskip("openvino")  # without it, `export` has no arguments for it
 
@@ -138,10 +138,10 @@ def test_predict_takes_a_folder_and_an_image_file(command: Command, checkpoint: 
 def test_predict_keeps_no_predictions_and_writes_the_report(command: Command, checkpoint: Path, few_root: Path) -> None:
     """They would fill the memory: a command line hands them to nobody."""
     folder = few_root / "weave" / "test" / "hole"
-    trainer = command("predict", "--data", folder, "--ckpt_path", checkpoint, with_data=False).engine.trainer
-    assert not trainer.predict_loop.return_predictions
-    assert trainer.predict_loop.predictions == []
-    assert "001.png" in (Path(trainer.default_root_dir) / "report.html").read_text(encoding="utf-8")
+    engine = command("predict", "--data", folder, "--ckpt_path", checkpoint, with_data=False).engine
+    assert not engine.trainer.predict_loop.return_predictions
+    assert engine.trainer.predict_loop.predictions == []
+    assert "001.png" in (latest_prediction(engine) / "report.html").read_text(encoding="utf-8")
 
 
 def test_export_writes_a_torch_model(command: Command, checkpoint: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from anomalib_intra import InTra, PatchSVDD, UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import latest_prediction, tiny_engine, tiny_intra
 
 
 def scoring_intra() -> InTra:
@@ -54,7 +54,7 @@ def pictures(folder: Path) -> list[str]:
 def predict(model: InTra | PatchSVDD, root: Path, dataset: Dataset) -> Path:
     engine = tiny_engine(root, logger=False)
     engine.predict(model, dataloaders=DataLoader(dataset, batch_size=2, collate_fn=dataset.collate_fn))
-    return Path(engine.trainer.default_root_dir) / "images"
+    return latest_prediction(engine) / "images"
 
 
 @pytest.mark.parametrize("make", [scoring_intra, scoring_svdd])

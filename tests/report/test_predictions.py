@@ -4,6 +4,7 @@
 import base64
 import os
 import shutil
+import signal
 from copy import deepcopy
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from anomalib.data import ImageItem
+from lightning.pytorch import Callback, Trainer
 from PIL import Image
 
 from anomalib_intra import CutPaste, InTraPostProcessor, TextureDemo
@@ -20,9 +22,9 @@ from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.report import RunReport
 from anomalib_intra.report.page import render_predictions
 from anomalib_intra.report.panels import draw_thumbnails
-from anomalib_intra.report.record import PredictionRecord, Scored
+from anomalib_intra.report.record import PredictionRecord, Scored, path_below
 
-from ..conftest import Run, tiny_engine, tiny_intra, tiny_patch_svdd
+from ..conftest import Run, latest_prediction, tiny_engine, tiny_intra, tiny_patch_svdd
 from .test_report import DAY, Page, needs_chromium, open_in_browser, page_of
 
 
@@ -40,7 +42,7 @@ def predict(model: object, root: Path, **what: object) -> Predicted:
     paths = [path for batch in batches for path in batch.image_path]
     values = [torch.cat([getattr(batch, name) for batch in batches]).tolist() for name in ("pred_score", "pred_label")]
     scores, called = (dict(zip(paths, each, strict=True)) for each in values)
-    return Predicted(Path(engine.trainer.default_root_dir), scores, called)
+    return Predicted(latest_prediction(engine), scores, called)
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +69,12 @@ def rendered(*images: Scored, threshold: float | None = 0.5, cases: int = 500) -
 
 def test_every_image_is_there_in_the_order_of_the_scores(predicted: Predicted) -> None:
     page = page_of(predicted.run)
+    assert "stopped" not in page.words
     expected = sorted(predicted.scores.items(), key=lambda pair: -pair[1])
     assert [float(part["data-score"]) for part in parts(page)] == [score for _, score in expected]
     words = page.words
     for path, score in expected:  # each behind the one before
-        caption = f"{Path(path).parent.name}/{Path(path).name}, score {score:.4g}:"
+        caption = f"{Path(path).parent.name}/{Path(path).name} score {score:.4g}:"
         assert caption in words
         words = words.split(caption)[1]
     assert "16 images, the most suspicious first" in page.words
@@ -130,25 +133,31 @@ def test_without_a_visualizer_a_prediction_writes_nothing(trained_intra: Run, fe
     silent = tiny_intra(visualizer=False)
     silent.load_state_dict(trained_intra.model.state_dict())
     tiny_engine(tmp_path).predict(silent, data_path=few_root / "weave/test/hole")
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file() or path.name == "predictions"] == []
 
 
-def test_report_of_a_test_stays_and_the_page_of_the_last_prediction_is_written(
+def test_every_prediction_has_a_folder_of_its_own_beside_the_report_of_a_test(
     trained_intra: Run, few: TextureDemo, few_root: Path, tmp_path: Path
 ) -> None:
-    engine, model = tiny_engine(tmp_path), deepcopy(trained_intra.model)
-    for kind in ("hole", "good"):
-        engine.predict(model, data_path=few_root / "weave/test" / kind)
-    run = Path(engine.trainer.default_root_dir)
-    assert "8 images" in page_of(run).words
+    """One lot of parts follows the other, with files of equal names; two of them may be predicted in one second."""
+    lots = [tmp_path / lot for lot in ("monday", "tuesday")]
+    for lot, image in zip(lots, ("hole/000.png", "good/000.png"), strict=True):
+        lot.mkdir()
+        shutil.copy(few_root / "weave/test" / image, lot / "part.png")
+    engine, model = tiny_engine(tmp_path / "results"), deepcopy(trained_intra.model)
     engine.test(model, datamodule=few)
     run = Path(engine.trainer.default_root_dir)
-    report = (run / "report.html").read_text(encoding="utf-8")
-    assert "Image AUROC" in report
-    engine.predict(model, datamodule=few)
-    assert Path(engine.trainer.default_root_dir) == run
-    assert (run / "report.html").read_text(encoding="utf-8") == report
-    assert "Predictions of" in (run / "predictions.html").read_text(encoding="utf-8")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    folders = []
+    for lot in lots:
+        engine.predict(model, data_path=lot)
+        assert Path(engine.trainer.default_root_dir) == run
+        folders.append(latest_prediction(engine))
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert sorted(folders) == sorted((run / "predictions").iterdir())
+    for lot, folder in zip(lots, folders, strict=True):
+        assert "1 image, " in page_of(folder).words
+        assert [path.name for path in (folder / "images" / lot.name).iterdir()] == ["part.png"]
 
 
 def test_models_that_expect_nothing_have_a_page_too(trained_patch_svdd: Run, few_root: Path, tmp_path: Path) -> None:
@@ -167,18 +176,83 @@ def test_models_that_expect_nothing_have_a_page_too(trained_patch_svdd: Run, few
 def test_pictures_are_kept_of_the_highest_scores_alone_and_the_page_says_so() -> None:
     scores = np.random.default_rng(0).permutation(40) / 40
     page = rendered(*(Scored(f"day/{score}.png", score, called_anomalous=score > 0.5) for score in scores), cases=3)
-    assert [image["alt"] for image in page.images()] == [f"Image of day/{n / 40}.png" for n in (39, 38, 37)]
+    assert [image["alt"] for image in page.images()] == [f"Image of {n / 40}.png" for n in (39, 38, 37)]
     assert "Only the 3 highest-scored are shown with pictures" in page.words
     assert len(parts(page)) == 40
     assert "19 of 40 called anomalous" in page.words
     assert "Only the" not in rendered(Scored("day/1.png", 0.1)).words
 
 
+def test_head_says_of_which_images_and_which_checkpoint_and_lots_with_equal_names_are_told_apart() -> None:
+    record = PredictionRecord()
+    for lot, score in (("lot A", 0.2), ("lot B", 0.7)):
+        record.add(
+            Scored(f"/parts/{lot}/good/000.png", score), lambda: draw_thumbnails(ImageItem(image=torch.rand(3, 8, 8)))
+        )
+    page = Page(render_predictions(record, "InTra", DAY, 0.5, checkpoint="/models/may.ckpt"))
+    head, cases = page.words.split("0 of 2 called anomalous.")
+    assert "2 images, the most suspicious first. Images that score above 0.5 are called anomalous." in head
+    assert "Images /parts Checkpoint /models/may.ckpt" in head
+    assert cases.index("lot B/good/000.png score 0.7") < cases.index("lot A/good/000.png score 0.2")
+    assert "Checkpoint" not in rendered(Scored("a/1.png", 0.1)).words
+
+
+@pytest.mark.parametrize(
+    ("paths", "folder", "names"),
+    [
+        (["a/b/1.png", "a/c/1.png"], "a", ["b/1.png", "c/1.png"]),
+        (["/a/1.png", "/a/1/2.png"], "/a", ["1.png", "1/2.png"]),
+        (["/a/1.png", "/b/1.png"], "/", ["a/1.png", "b/1.png"]),
+        (["1.png"], "", ["1.png"]),
+        (["image 0", "image 1"], "", ["image 0", "image 1"]),  # those without a path
+        (["/a/1.png", "image 1"], "", ["/a/1.png", "image 1"]),
+        ([], "", []),
+    ],
+)
+def test_images_are_named_below_the_folder_that_holds_all(paths: list[str], folder: str, names: list[str]) -> None:
+    record = PredictionRecord()
+    for path in paths:
+        record.add(Scored(path, 0.5), dict)
+    assert record.folder == folder
+    assert [path_below(path, record.folder) for path in paths] == names
+
+
+class Stop(Callback):
+    """Breaks into a prediction when it has come to its third image."""
+
+    def __init__(self, by: BaseException) -> None:
+        self.by = by
+
+    def on_predict_batch_start(self, trainer: Trainer, pl_module: object, batch: object, batch_idx: int) -> None:
+        if batch_idx == 2:
+            raise self.by
+
+
+@pytest.mark.parametrize(
+    ("by", "ends_with"), [(KeyboardInterrupt(), SystemExit), (RuntimeError("camera"), RuntimeError)]
+)
+def test_a_prediction_that_is_stopped_leaves_the_page_of_what_it_came_to(
+    by: BaseException, ends_with: type, trained_intra: Run, few_root: Path, tmp_path: Path
+) -> None:
+    listener = signal.getsignal(signal.SIGINT)
+    engine, folder = tiny_engine(tmp_path, callbacks=[Stop(by)]), few_root / "weave/test/good"
+    try:
+        with pytest.raises(ends_with):
+            engine.predict(tiny_intra(visualizer=True), data_path=folder, ckpt_path=trained_intra.checkpoint)
+    finally:
+        signal.signal(signal.SIGINT, listener)  # Lightning lets no one stop it twice
+    (report,) = tmp_path.rglob("report.html")
+    page = Page(report.read_text(encoding="utf-8"))
+    assert "This prediction was stopped before its end: 2 of 8 images are here." in page.words
+    assert f"Images {folder} Checkpoint {trained_intra.checkpoint}" in page.words
+    assert len(parts(page)) == 2
+
+
 def test_images_without_a_score_come_first() -> None:
     page = rendered(Scored("a/1.png", 0.9, None, True), Scored("a/2.png", float("nan"), None, False), cases=1)
-    assert [image["alt"] for image in page.images()] == ["Image of a/2.png"]
+    assert [image["alt"] for image in page.images()] == ["Image of 2.png"]
     assert "1 of the images got no score" in page.words
-    assert page.words.index("a/2.png, no score") < page.words.index("a/1.png, score 0.9")
+    assert page.words.index("2.png no score") < page.words.index("1.png score 0.9")
     assert "1 of 2 called anomalous" in page.words
 
 
@@ -202,7 +276,7 @@ def test_a_name_that_is_no_utf_8_is_written_with_its_bytes(trained_intra: Run, f
     shutil.copy(few_root / "weave/test/hole/000.png", folder / os.fsdecode(b"teil_\xe4.png"))
     engine = tiny_engine(tmp_path)
     assert engine.predict(deepcopy(trained_intra.model), data_path=folder)
-    page = page_of(Path(engine.trainer.default_root_dir))
+    page = page_of(latest_prediction(engine))
     assert "teil_\\xe4.png" in page.words
 
 

@@ -92,11 +92,12 @@ def page_of(run: Path) -> Page:
     return Page((run / "report.html").read_text(encoding="utf-8"))
 
 
-def test_training_and_testing_leave_a_report_with_curves(trained: Run) -> None:
+def test_training_and_testing_leave_a_report_with_curves(trained: Run, demo_root: Path) -> None:
     model, run, metrics = trained
     page = page_of(run)
     assert "InTra · TextureDemo · weave" in page.words
     assert "52 images, 20 normal, 32 anomalous" in page.words
+    assert f"Images {demo_root / 'weave/test'} Checkpoint {trained.checkpoint}" in page.words
     assert f"Image AUROC {metrics['image_AUROC']:.3f}" in page.words
     for heading in ("Scores", "Training", "Kinds of images", "Lowest-scored anomalous images", "Settings"):
         assert heading in page.words
@@ -282,9 +283,9 @@ def test_decisions_are_counted_and_named() -> None:
         Scored("good/1.png", 0.1, False, False),
     )
     assert "1 of 2 normal images raises a false alarm and 1 of 2 anomalous images is missed" in page.words
-    assert "crack/1.png, score 0.200: missed" in page.words
-    assert "good/0.png, score 0.600: false alarm" in page.words
-    assert "crack/0.png, score 0.900: found" in page.words
+    assert "crack/1.png score 0.200: missed" in page.words
+    assert "good/0.png score 0.600: false alarm" in page.words
+    assert "crack/0.png score 0.900: found" in page.words
     assert "crack 2 1 0.200 0.550 0.900 0.750" in page.words
 
 

@@ -167,7 +167,7 @@ def test_a_test_of_another_model_leaves_pictures_and_report_of_the_run_alone(
     others = run / "other_models"
     assert len(list((others / "InTra_0/images").rglob("*.png"))) == 52
     assert (others / "InTra_0/report.html").is_file()
-    assert len(list((others / "PatchSVDD_1/images").rglob("*.png"))) == 1
+    assert len(list((run / "predictions").rglob("images/**/*.png"))) == 1
     assert "those of the run stay" in caplog.text
     assert Path(engine.trainer.default_root_dir) == run
 

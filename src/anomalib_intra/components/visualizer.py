@@ -38,7 +38,8 @@ class InTraVisualizer(_NamedPictures):
     Args:
         field_size (tuple[int, int]): Width and height within which a panel fits, in pixels; images keep their
             proportions.
-        output_dir (str | Path | None): Folder for the pictures. Defaults to ``images`` in the run's folder.
+        output_dir (str | Path | None): Folder for the pictures. Defaults to ``images`` in the folder of the run, or of
+            this prediction.
 
     Example:
         >>> import torch

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from functools import partial
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from anomalib.data import ImageBatch
 from anomalib.loggers.base import ImageLoggerBase
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import CombinedLoader
 
-from anomalib_intra.report.page import is_of_predictions, render, render_predictions
+from anomalib_intra.report.page import render, render_predictions
 from anomalib_intra.report.panels import draw_panels, draw_thumbnails, side_by_side
 from anomalib_intra.report.plots import training_curves
-from anomalib_intra.report.record import CaseList, PredictionRecord, Scored, TestRecord
+from anomalib_intra.report.record import PredictionRecord, Scored, TestRecord, path_below
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ class RunReport(Callback):
     and Comet).
 
     A prediction gets a ``report.html`` too: all images, the most suspicious first, with a threshold that can be moved.
-    Where the folder already has the report of a test, it is called ``predictions.html``.
+    One that is stopped, or fails, gets that of the images it has come to.
 
     Every model of this package has one, unless its ``visualizer`` is False.
 
@@ -100,11 +102,12 @@ class RunReport(Callback):
                 metrics=metrics,
                 losses=pl_module.losses,
                 settings=dict(pl_module.hparams),
+                checkpoint=_checkpoint(trainer, pl_module),
             ),
             encoding="utf-8",
         )
         logger.info("The report of this test: %s", path)
-        _log_pictures(trainer, record.case_lists())
+        _log_pictures(trainer, record)
         self._record = TestRecord(self.cases)  # the pictures are not needed any more
 
     def on_predict_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -121,18 +124,32 @@ class RunReport(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: Any) -> None:
         """Write the page of the predictions."""
-        record = _of_all(trainer, self._record)
-        if not record.images or not trainer.is_global_zero:
+        self._write_predictions(trainer, pl_module, _of_all(trainer, self._record))
+
+    def on_exception(self, trainer: Trainer, pl_module: Any, exception: BaseException) -> None:
+        """Write the page of what was predicted so far, where a prediction is stopped or fails."""
+        del exception
+        if trainer.state.fn == "predict":
+            # By this process alone: the others may not be there any more.
+            self._write_predictions(trainer, pl_module, self._record, stopped_of=_images_to_predict(trainer))
+
+    def _write_predictions(
+        self, trainer: Trainer, pl_module: Any, record: TestRecord, stopped_of: int | None = None
+    ) -> None:
+        if not isinstance(record, PredictionRecord) or not record.images or not trainer.is_global_zero:
             return
-        assert isinstance(record, PredictionRecord)
         path = Path(trainer.default_root_dir) / "report.html"
-        # Who trains, tests and predicts with one Engine does so in one folder.
-        if path.is_file() and not is_of_predictions(path.read_text(encoding="utf-8")):
-            path = path.with_name("predictions.html")
-        threshold = pl_module.post_processor.decision_threshold
-        page = render_predictions(record, _title(trainer, pl_module), datetime.now(), threshold)
+        page = render_predictions(
+            record,
+            title=_title(trainer, pl_module),
+            date=datetime.now(),
+            threshold=pl_module.post_processor.decision_threshold,
+            checkpoint=_checkpoint(trainer, pl_module),
+            stopped_of=stopped_of,
+        )
         path.write_text(page, encoding="utf-8")
-        logger.info("The report of these predictions: %s", path)
+        which = "these predictions" if stopped_of is None else "what was predicted before the stop"
+        logger.info("The report of %s: %s", which, path)
         self._record = TestRecord(self.cases)  # the pictures are not needed any more
 
 
@@ -146,6 +163,16 @@ def _title(trainer: Trainer, pl_module: Any) -> str:
     return " · ".join([pl_module.name, *filter(None, data)])
 
 
+def _checkpoint(trainer: Trainer, pl_module: Any) -> str | None:
+    path = trainer.ckpt_path or pl_module.loaded_from
+    return str(path) if path else None
+
+
+def _images_to_predict(trainer: Trainer) -> int:
+    loaders: Any = trainer.predict_dataloaders
+    return sum(length_hint(getattr(loader, "dataset", ())) for loader in CombinedLoader(loaders).flattened)
+
+
 def _of_all(trainer: Trainer, record: TestRecord) -> TestRecord:
     if trainer.world_size == 1:
         return record
@@ -154,12 +181,13 @@ def _of_all(trainer: Trainer, record: TestRecord) -> TestRecord:
     return type(record).merged(record for record in records if record is not None)
 
 
-def _log_pictures(trainer: Trainer, lists: list[CaseList]) -> None:
+def _log_pictures(trainer: Trainer, record: TestRecord) -> None:
+    folder = record.folder
     takers = [taker for taker in trainer.loggers if isinstance(taker, ImageLoggerBase)]
     for taker in takers:
-        for cases in lists:
+        for cases in record.case_lists():
             for case in cases.cases:
-                name = "_".join(re.findall(r"[\w.-]+", case.image.name)).rsplit(".", 1)[0]
+                name = "_".join(re.findall(r"[\w.-]+", path_below(case.image.path, folder))).rsplit(".", 1)[0]
                 taker.add_image(
                     np.asarray(side_by_side(case.panels)),
                     name=f"{cases.title.replace(' ', '_')}/{name}.png",  # MLflow needs the ending

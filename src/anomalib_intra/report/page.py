@@ -17,7 +17,7 @@ from PIL import Image
 
 from anomalib_intra.report.panels import Thumbnail
 from anomalib_intra.report.plots import as_svg, score_histogram, training_curves
-from anomalib_intra.report.record import PredictionRecord, TestRecord
+from anomalib_intra.report.record import PredictionRecord, TestRecord, path_below
 
 #: Metrics in words; others are shown by their names.
 _IN_WORDS = {
@@ -40,6 +40,7 @@ def render(
     metrics: Mapping[str, float],
     losses: Sequence[dict[str, float]],
     settings: Mapping[str, Any],
+    checkpoint: str | None = None,
 ) -> str:
     """Write the page of a test.
 
@@ -51,6 +52,7 @@ def render(
         metrics (Mapping[str, float]): Figures of the test.
         losses (Sequence[dict]): Rows of the training curves; may be empty.
         settings (Mapping[str, Any]): The model's arguments.
+        checkpoint (str | None): File that the weights come from, where they come from one.
 
     Returns:
         str: HTML.
@@ -66,6 +68,8 @@ def render(
         "page.html",
         title=title,
         date=date,
+        folder=record.folder,
+        checkpoint=checkpoint,
         counts={
             "all": len(images),
             **counts,
@@ -82,7 +86,14 @@ def render(
     )
 
 
-def render_predictions(record: PredictionRecord, title: str, date: datetime, threshold: float | None) -> str:
+def render_predictions(
+    record: PredictionRecord,
+    title: str,
+    date: datetime,
+    threshold: float | None,
+    checkpoint: str | None = None,
+    stopped_of: int | None = None,
+) -> str:
     """Write the page of a prediction: all images by their scores, and a threshold to move.
 
     Args:
@@ -90,6 +101,8 @@ def render_predictions(record: PredictionRecord, title: str, date: datetime, thr
         title (str): Model and data.
         date (datetime): When the prediction ended.
         threshold (float | None): Score above which an image is called anomalous, None where nothing is decided.
+        checkpoint (str | None): File that the weights come from, where they come from one.
+        stopped_of (int | None): Images that were to be predicted, 0 where that is not known; None where all were.
 
     Returns:
         str: HTML.
@@ -99,7 +112,7 @@ def render_predictions(record: PredictionRecord, title: str, date: datetime, thr
         >>> record = PredictionRecord()
         >>> record.add(Scored("parts/1.png", 0.7, called_anomalous=True), dict)
         >>> page = render_predictions(record, "InTra", datetime(2025, 1, 1), 0.5)
-        >>> "parts/1.png" in page and "http" not in page
+        >>> "parts" in page and "1.png" in page and "http" not in page
         True
     """
     images, cases = record.frame(), record.by_suspicion()
@@ -112,6 +125,9 @@ def render_predictions(record: PredictionRecord, title: str, date: datetime, thr
         "predictions.html",
         title=title,
         date=date,
+        folder=record.folder,
+        checkpoint=checkpoint,
+        stopped_of=stopped_of,
         counts={
             **_counts(images),
             "called": int(images.called_anomalous.eq(True).sum()),
@@ -127,18 +143,6 @@ def render_predictions(record: PredictionRecord, title: str, date: datetime, thr
     )
 
 
-def is_of_predictions(page: str) -> bool:
-    """Tell the page of a prediction from that of a test.
-
-    Args:
-        page (str): HTML.
-
-    Returns:
-        bool: Whether :func:`render_predictions` wrote it.
-    """
-    return '<body class="predictions">' in page
-
-
 def _fill(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("anomalib_intra", "report"),
@@ -147,7 +151,12 @@ def _fill(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    environment.filters |= {"data_uri": _data_uri, "figure": _number, "significant": "{:.4g}".format}
+    environment.filters |= {
+        "data_uri": _data_uri,
+        "figure": _number,
+        "significant": "{:.4g}".format,
+        "below": path_below,
+    }
     environment.tests["finite"] = math.isfinite
     return environment.get_template(template).render(version=version("anomalib-intra"), **values)
 

@@ -3,6 +3,7 @@
 
 import heapq
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -39,11 +40,6 @@ class Scored:
     def kind(self) -> str:
         """Its folder, which names the kind of defect in most data sets."""
         return Path(self.path).parent.name
-
-    @property
-    def name(self) -> str:
-        """Folder and file name."""
-        return str(Path(self.kind) / Path(self.path).name)
 
 
 @dataclass(frozen=True)
@@ -141,6 +137,14 @@ class TestRecord:
                     seen.add(image.path)
         return merged or cls()
 
+    @property
+    def folder(self) -> str:
+        """The innermost folder that holds all images; empty where there is none."""
+        try:
+            return os.path.commonpath([Path(image.path).parent for image in self.images])
+        except ValueError:  # no images, some on another drive, some without a path
+            return ""
+
     def case_lists(self) -> list[CaseList]:
         """List the cases, each image once: in the first list it belongs to.
 
@@ -161,10 +165,9 @@ class TestRecord:
         """Give the images as a table.
 
         Returns:
-            DataFrame: A row for each image, with ``name``, ``kind``, ``score``, ``anomalous`` and
-            ``called_anomalous``.
+            DataFrame: A row for each image, with ``kind``, ``score``, ``anomalous`` and ``called_anomalous``.
         """
-        columns = ["name", "kind", "score", "anomalous", "called_anomalous"]
+        columns = ["kind", "score", "anomalous", "called_anomalous"]
         rows = [[getattr(image, column) for column in columns] for image in self.images]
         types = {"score": float, "anomalous": object, "called_anomalous": object}
         return DataFrame(rows, columns=columns).astype(types)
@@ -227,6 +230,23 @@ class PredictionRecord(TestRecord):
         panels = {id(case.image): case.panels for heap in self._heaps.values() for *_, case in heap}
         images = sorted(self.images, key=_suspicion, reverse=True)
         return [Case(image, panels.get(id(image), {})) for image in images]
+
+
+def path_below(path: str, folder: str) -> str:
+    """Name an image by what tells it from others.
+
+    Args:
+        path (str): Its file.
+        folder (str): A folder that it lies in, such as that of all images; empty where there is none.
+
+    Returns:
+        str: The path from there; the whole path without a folder.
+
+    Example:
+        >>> path_below("parts/monday/good/0.png", "parts").replace(os.sep, "/")
+        'monday/good/0.png'
+    """
+    return os.path.relpath(path, folder) if folder else path
 
 
 def _suspicion(image: Scored) -> float:

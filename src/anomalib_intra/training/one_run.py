@@ -4,6 +4,8 @@
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ class OneRun(Callback):
     run, and would write over its checkpoints.
 
     A run that was stopped may go on in its own trainer, and from its own checkpoints. Pictures and report of another
-    model that is tested in this trainer, or in the folder of this run, go to a folder of their own.
+    model that is tested in this trainer, or in the folder of this run, go to a folder of their own; so do those of each
+    prediction.
     """
 
     def __init__(self) -> None:
@@ -114,14 +117,26 @@ class OneRun(Callback):
             trainer.default_root_dir,
         )
 
-    on_predict_start = on_test_start
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go to a folder of its own: one lot of parts follows the other, and their files often have the same names."""
+        del pl_module
+        self._folder = Path(trainer.default_root_dir)
+        now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        own = _new_folder(self._folder / "predictions", now) if trainer.is_global_zero else self._folder
+        set_run_folder(trainer, trainer.strategy.broadcast(own))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come back to the folder of the run."""
-        del pl_module, stage
-        if self._folder is not None:
-            set_run_folder(trainer, self._folder)
-            self._folder = None
+        del pl_module
+        if self._folder is None:
+            return
+        left = Path(trainer.default_root_dir)
+        set_run_folder(trainer, self._folder)
+        self._folder = None
+        if stage == "predict" and trainer.is_global_zero:
+            with suppress(OSError):  # not empty: only a prediction without pictures and report wrote nothing
+                left.rmdir()
+                left.parent.rmdir()
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         folders = _folders_of(trainer)
@@ -144,6 +159,20 @@ class OneRun(Callback):
         what = f"has trained {self._name} already, and would write into the files of that run"
         longer = "; to train the same model for longer, give the new one that run's last.ckpt as ckpt_path"
         raise RuntimeError(f"This trainer {what}: {_NEW_ENGINE}{longer if same else ''}.")
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    folder, number = parent / name, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)  # (no other process can take the same one)
+        except FileExistsError:
+            number += 1
+            folder = parent / f"{name}_{number}"
+            continue
+        except OSError:
+            pass  # where nothing can be written, a prediction may have nothing to write
+        return folder
 
 
 def _folders_of(trainer: Trainer) -> list[Path]:
