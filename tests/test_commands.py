@@ -114,7 +114,10 @@ def test_a_checkpoint_loads_whatever_the_metrics(command: Command, trained: Anom
 
 
 def test_test_repeats_the_metrics_of_training(command: Command, trained: AnomalibCLI, checkpoint: Path) -> None:
+    config = checkpoint.parents[2] / "config.yaml"
+    before = config.read_bytes()
     assert metrics_of(command("test", "--ckpt_path", checkpoint)) == metrics_of(trained)
+    assert config.read_bytes() == before, "the command line of the test, in the place of the training's"
 
 
 def test_predict_takes_a_folder_and_an_image_file(command: Command, checkpoint: Path, few_root: Path) -> None:

@@ -10,7 +10,7 @@ from anomalib.data import AnomalibDataModule, Folder, MVTecAD2, MVTecLOCO
 from PIL import Image
 
 from anomalib_intra import InTraPostProcessor
-from anomalib_intra.data.folders import check_folders
+from anomalib_intra.data.folders import warn_of_folders
 
 from ..conftest import tiny_engine, tiny_intra
 
@@ -90,7 +90,7 @@ def test_good_test_images_that_are_trained_on_are_named(
     normal(tmp_path, "good", test, "bad")
     datamodule = folders(tmp_path, normal_dir="good", normal_test_dir=test, abnormal_dir="bad")
     datamodule.setup()
-    check_folders(datamodule)
+    warn_of_folders(datamodule)
     too_good = [message for message in caplog.messages if "scores will be too good" in message]
     assert len(too_good) == below
     assert all("4 training images are validated or tested on, too, such as" in message for message in too_good)
@@ -114,7 +114,7 @@ def test_subfolders_of_training_images_are_told(
     normal(tmp_path, *made)
     datamodule = folders(tmp_path, normal_dir=given)
     datamodule.setup()
-    check_folders(datamodule)
+    warn_of_folders(datamodule)
     told = [record for record in caplog.records if "Training images come from" in record.getMessage()]
     assert [record.levelname for record in told] == ([level] if level else [])
     for record in told:

@@ -83,13 +83,18 @@ def test_training_to_a_time_ends_there_with_the_learning_rate_down(demo_root: Pa
     engine.fit(model, datamodule=TextureDemo(demo_root, num_workers=0))
     assert model.progress == 1.0
     assert 1.2 <= model._seconds < 10
-    assert engine.trainer.optimizers[0].param_groups[0]["lr"] < 0.1 * model.learning_rate
+    assert engine.trainer.optimizers[0].param_groups[1]["lr"] < 0.1 * model.learning_rate
     assert model.is_calibrated
 
     (last,) = tmp_path.rglob("last.ckpt")
     resumed = tiny_one_pass(minutes=0.02)
     again = tiny_engine(tmp_path / "again", max_epochs=1000, logger=False)
     again.fit(resumed, datamodule=TextureDemo(demo_root, num_workers=0), ckpt_path=last)
+    checkpoint = torch.load(last, weights_only=True)
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
+        del group["matrices"]  # AdamW has none
+    with pytest.raises(ValueError, match=r"begun with another optimizer \(that of earlier versions was AdamW\): train"):
+        resumed.on_load_checkpoint(checkpoint)
     assert resumed._seconds >= model._seconds  # its time is up
     assert again.trainer.global_step <= engine.trainer.global_step + 1
 

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from anomalib_intra import OnePassInTra
 from anomalib_intra.one_pass.optimizer import Muon, orthogonal
@@ -88,7 +89,19 @@ def test_the_model_gives_it_every_weight_once_and_matrices_between_tokens_as_suc
     assert len(given) == len(set(given))
     assert set(given) == {id(weight) for weight in model.parameters()}
     names = {id(weight): name for name, weight in model.model.named_parameters()}
+    assert [group["initial_lr"] for group in groups] == [model.learning_rate * share for share in (0.5, 1, 0.5)]
     matrices = {names[id(weight)] for group in groups if group["matrices"] for weight in group["params"]}
     assert {"content_blocks.0.mlp.fc1.weight", "near_key_value.weight", "blocks.1.attention.query.weight"} <= matrices
     assert not any(name.startswith(("patch_embedding", "to_pixels", "comparison")) for name in matrices)
     assert not any("bias" in name or "norm" in name or "position" in name for name in matrices)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_muon_computes_in_the_precision_of_the_training(precision: str, dtype: torch.dtype) -> None:
+    model = OnePassInTra(**TINY_ONE_PASS)
+    model.trainer = Trainer(accelerator="cpu", precision=precision, logger=False, enable_checkpointing=False)
+    assert model.configure_optimizers()["optimizer"].dtype == dtype
+    model.trainer = None
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        optimizer = model.configure_optimizers()["optimizer"]
+    assert optimizer.dtype == copy.deepcopy(optimizer).dtype == dtype

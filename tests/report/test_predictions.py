@@ -23,6 +23,7 @@ from anomalib_intra.report import RunReport
 from anomalib_intra.report.page import render_predictions
 from anomalib_intra.report.panels import draw_thumbnails
 from anomalib_intra.report.record import PredictionRecord, Scored, path_below
+from anomalib_intra.training import one_run
 
 from ..conftest import Run, latest_prediction, tiny_engine, tiny_intra, tiny_patch_svdd
 from .test_report import DAY, Page, needs_chromium, open_in_browser, page_of
@@ -158,6 +159,20 @@ def test_every_prediction_has_a_folder_of_its_own_beside_the_report_of_a_test(
     for lot, folder in zip(lots, folders, strict=True):
         assert "1 image, " in page_of(folder).words
         assert [path.name for path in (folder / "images" / lot.name).iterdir()] == ["part.png"]
+
+
+def test_a_prediction_that_is_refused_leaves_no_folder(few_root: Path, tmp_path: Path) -> None:
+    engine = tiny_engine(tmp_path)
+    with pytest.raises(RuntimeError, match="not calibrated"):
+        engine.predict(tiny_intra(), data_path=few_root / "weave/test/hole")
+    assert not list(tmp_path.rglob("predictions"))
+
+
+def test_folders_of_one_second_are_told_apart(tmp_path: Path) -> None:
+    folders = [one_run._new_folder(tmp_path / "predictions", "now") for _ in range(3)]
+    assert [folder.name for folder in folders] == ["now", "now_2", "now_3"]
+    (tmp_path / "file").touch()
+    one_run._new_folder(tmp_path / "file", "now")  # refuses nothing, and comes to an end
 
 
 def test_models_that_expect_nothing_have_a_page_too(trained_patch_svdd: Run, few_root: Path, tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_resumed_training_is_what_is_tested(uncut: tuple, demo_root: Path, tmp_p
     results = tiny_engine(tmp_path, max_epochs=EPOCHS).train(model, datamodule=datamodule, ckpt_path=last)
     assert_same(model, uncut[0])
     assert_same(InTra.load_from_checkpoint(tmp_path / RUN / "v1" / BEST), uncut[0])
+    assert Path(str(model.loaded_from)).parent == (tmp_path / RUN / "v1" / BEST).parent, "as its report says"
     expected = tiny_engine(tmp_path / "again").test(uncut[0], datamodule=datamodule)
     assert results[0] == expected[0]
 

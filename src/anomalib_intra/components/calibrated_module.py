@@ -24,7 +24,7 @@ from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
-from anomalib_intra.data.folders import check_folders
+from anomalib_intra.data.folders import refuse_contradictory, warn_of_folders
 from anomalib_intra.data.image_files import check_image_files, warn_of_test_images
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
@@ -191,9 +191,11 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             )
             raise ValueError(msg)
         if stage == "fit":
-            check_folders(self.trainer.datamodule)  # type: ignore[attr-defined]  # set by Lightning
-        if stage == "fit" and self.trainer.is_global_zero:
-            warn_of_test_images(getattr(self.trainer.datamodule, "test_data", None))  # type: ignore[attr-defined]
+            datamodule = self.trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+            refuse_contradictory(datamodule)
+            if self.trainer.is_global_zero:
+                warn_of_folders(datamodule)
+                warn_of_test_images(getattr(datamodule, "test_data", None))
 
     def on_validation_start(self) -> None:
         """Make sure that images and model are fit for validation outside training."""

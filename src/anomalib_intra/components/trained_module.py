@@ -41,7 +41,12 @@ from anomalib_intra.training.checkpoints import (
     keeper_of_the_best,
     weights_were_averaged,
 )
-from anomalib_intra.training.command_line import command_line, drop_unreadable, seed_as_commanded
+from anomalib_intra.training.command_line import (
+    command_line,
+    drop_unreadable,
+    keep_config_of_training,
+    seed_as_commanded,
+)
 from anomalib_intra.training.console import print_each_line_once
 from anomalib_intra.training.internals import (
     evaluation_source,
@@ -150,6 +155,7 @@ class TrainedModule(CalibratedModule):
         drop_unreadable(self)  # here, since this is the first that Lightning asks of a model
         if command_line(self):
             print_each_line_once()
+            keep_config_of_training(self)
         runs = [callback for callback in self._callbacks if isinstance(callback, OneRun)]
         run = runs[0] if runs else OneRun()
         run.take_out_others(self.trainer)
@@ -187,7 +193,7 @@ class TrainedModule(CalibratedModule):
         if stage == "fit":
             # What another run left in the model; one that goes on from a checkpoint finds its own there.
             self._sample_seed = self._random_state = self._trained_on = self._resumed_from = None
-            self.losses = []
+            self.loaded_from, self.losses = None, []
             self._finders.hold_back(self.trainer)
             seed_as_commanded(self, self.reset_parameters)
         strategy = self.trainer.strategy
@@ -438,7 +444,8 @@ class TrainedModule(CalibratedModule):
         asked = {name: kwargs.pop(name) for name in cls.architecture if name in kwargs}
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
         model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
-        check_architecture(model.name, list(asked), cls.completed(model.hparams), asked)
+        saved = cls.completed(model.hparams)
+        check_architecture(model.name, list(asked), saved, cls.completed({**saved, **asked}))
         path = args[0] if args else kwargs.get("checkpoint_path")
         model.loaded_from = str(path) if isinstance(path, str | Path) else None
         return model
@@ -473,7 +480,8 @@ class TrainedModule(CalibratedModule):
             self._sample_seed = checkpoint.get("draw_seed")
             self._trained_on = checkpoint.get("trained_on")
             self._random_state = checkpoint.get("random_state")
-        self._keep_what_was_trained(checkpoint)
+        if not self._keep_what_was_trained(checkpoint):
+            self.loaded_from = str(trainer.ckpt_path) if trainer is not None else None
         self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)
         # Some metrics have buffers. A checkpoint must also load into a model with others, as Engine.export builds it.
@@ -490,16 +498,18 @@ class TrainedModule(CalibratedModule):
         blank = self.configure_post_processor().state_dict(prefix="post_processor.")
         forget_stale_calibration(checkpoint, stored, present, blank)
 
-    def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> None:
+    def _keep_what_was_trained(self, checkpoint: dict[str, Any]) -> bool:
         # Engine.train gives the checkpoint that training was resumed from to the test that follows, too, which would
         # test the weights of before instead of those that were just trained.
         trainer = trainer_of(self)
         if trainer is None or self._resumed_from is None or trainer.state.fn != "test":
-            return
-        if str(trainer.ckpt_path) == self._resumed_from and self.is_calibrated:
+            return False
+        is_that = str(trainer.ckpt_path) == self._resumed_from and self.is_calibrated
+        if is_that:
             logger.info("Testing what was just trained, not %s, which it was resumed from.", self._resumed_from)
             checkpoint["state_dict"], checkpoint["losses"] = self.state_dict(), self.losses
         self._resumed_from = None
+        return is_that
 
     def _forget_callback_state(self, checkpoint: dict[str, Any]) -> None:
         # The post-processor is a module, whose buffers are in the model's state, and a callback, whose state Lightning

@@ -382,7 +382,7 @@ def _warn_of_shapes(looks: list[_Look], height: int, width: int, turned: bool) -
         logger.warning(
             "Images of %d x %d pixels (height x width) are squeezed to %d x %d and turned, which distorts parts as no "
             "camera does. Train with a size of their shape, about --model.image_size '[%d, %d]' in multiples of the "
-            "patch size, or without turning them (--model.rotate false, --model.augment false).",
+            "patch size, or without turning them (rotate and augment, as far as the model has them, false).",
             *tallest.size[::-1],
             height,
             width,

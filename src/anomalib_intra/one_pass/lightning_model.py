@@ -32,7 +32,7 @@ from anomalib_intra.one_pass.loss import SHORTEST_SIDE, PaintingLoss
 from anomalib_intra.one_pass.optimizer import Muon
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
-from anomalib_intra.training.command_line import as_commanded
+from anomalib_intra.training.command_line import as_commanded, command_line
 from anomalib_intra.training.internals import trainer_of
 
 #: Weight of eq. 16 beside the learned comparison, whose values are logits.
@@ -307,7 +307,8 @@ class OnePassInTra(ReconstructionModule):
         """Restore how long the model has been trained.
 
         Raises:
-            ValueError: If the checkpoint is of another architecture, or of a version with another head.
+            ValueError: If the checkpoint is of another architecture, of a version with another head, or of a training
+                with another optimizer that is to go on.
         """
         if "model.comparison.patch_embedding.weight" in checkpoint["state_dict"]:
             msg = (
@@ -316,4 +317,17 @@ class OnePassInTra(ReconstructionModule):
             )
             raise ValueError(msg)
         super().on_load_checkpoint(checkpoint)
+        trainer = trainer_of(self)
+        if trainer is not None and trainer.state.fn == "fit":
+            self._refuse_other_optimizer(checkpoint)
         self._seconds = checkpoint.get("seconds_trained", 0.0)
+
+    def _refuse_other_optimizer(self, checkpoint: dict[str, Any]) -> None:
+        groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+        was_muon, is_muon = any("matrices" in group for group in groups), not command_line(self).get("optimizer")
+        if groups and was_muon != is_muon:
+            msg = (
+                "This training was begun with another optimizer (that of earlier versions was AdamW): train anew, "
+                "without the checkpoint, or go on with the --optimizer, or the version, that it was begun with."
+            )
+            raise ValueError(msg)

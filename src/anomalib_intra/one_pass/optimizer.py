@@ -52,6 +52,10 @@ class Muon(Optimizer):
         super().__init__(groups, defaults)
         self.dtype = dtype
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Let copies compute as this one does."""
+        return {**super().__getstate__(), "dtype": self.dtype}
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Change the weights by their gradients.

@@ -8,6 +8,7 @@ lies in a hole cannot reach its query, however deep the model is.
 
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -126,7 +127,7 @@ class OnePassTransformer(nn.Module):
             msg = f"num_heads={num_heads} must divide embed_dim={embed_dim}."
             raise ValueError(msg)
         are_different = isinstance(radii, Sequence) and 0 < len(radii) == len(set(radii))
-        if not are_different or not all(isinstance(one, int) and -1 <= one <= block_size for one in radii):
+        if not are_different or not all(isinstance(one, Integral) and -1 <= one <= block_size for one in radii):
             msg = (
                 f"radii must be different numbers in -1 .. {block_size}, the block_size, such as (0, 1, 2), got "
                 f"{radii!r}: a far block is seen as a whole, so no hole may reach into one."
@@ -138,7 +139,7 @@ class OnePassTransformer(nn.Module):
         self.patch_size = patch_size
         self.num_heads = num_heads
         self.block_size = block_size
-        self.radii = tuple(radii)
+        self.radii = tuple(int(radius) for radius in radii)
         self.grid = BlockGrid(image_size[0] // patch_size, image_size[1] // patch_size, block_size)
 
         self.register_buffer("channel_mean", torch.full((3,), 0.5))

@@ -102,7 +102,7 @@ class RunReport(Callback):
                 metrics=metrics,
                 losses=pl_module.losses,
                 settings=dict(pl_module.hparams),
-                checkpoint=_checkpoint(trainer, pl_module),
+                checkpoint=pl_module.loaded_from,
             ),
             encoding="utf-8",
         )
@@ -144,9 +144,10 @@ class RunReport(Callback):
             title=_title(trainer, pl_module),
             date=datetime.now(),
             threshold=pl_module.post_processor.decision_threshold,
-            checkpoint=_checkpoint(trainer, pl_module),
+            checkpoint=pl_module.loaded_from,
             stopped_of=stopped_of,
         )
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(page, encoding="utf-8")
         which = "these predictions" if stopped_of is None else "what was predicted before the stop"
         logger.info("The report of %s: %s", which, path)
@@ -161,11 +162,6 @@ def _title(trainer: Trainer, pl_module: Any) -> str:
     datamodule = getattr(trainer, "datamodule", None)
     data = [getattr(datamodule, name, None) for name in ("name", "category")]
     return " · ".join([pl_module.name, *filter(None, data)])
-
-
-def _checkpoint(trainer: Trainer, pl_module: Any) -> str | None:
-    path = trainer.ckpt_path or pl_module.loaded_from
-    return str(path) if path else None
 
 
 def _images_to_predict(trainer: Trainer) -> int:

@@ -81,6 +81,18 @@ def drop_unreadable(module: LightningModule) -> None:
         del module.configure_optimizers
 
 
+def keep_config_of_training(module: LightningModule) -> None:
+    """Let a training alone save its command line: a test or a prediction would write over it in the run's folder.
+
+    Args:
+        module (LightningModule): Model that is about to be used.
+    """
+    trainer = trainer_of(module)
+    if trainer is not None and trainer.state.fn != "fit":
+        for callback in _saving(module):
+            callback.already_saved = True
+
+
 def command_line(module: LightningModule) -> dict[str, Any]:
     """Find the parsed command line, which is in the callback that saves it.
 
@@ -90,6 +102,10 @@ def command_line(module: LightningModule) -> dict[str, Any]:
     Returns:
         dict[str, Any]: Its arguments; nothing where there was no command line.
     """
+    saving = _saving(module)
+    return saving[0].config.as_dict() if saving else {}
+
+
+def _saving(module: LightningModule) -> list[SaveConfigCallback]:
     callbacks: list[Callback] = getattr(trainer_of(module), "callbacks", [])
-    saved = [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]
-    return saved[0].config.as_dict() if saved else {}
+    return [callback for callback in callbacks if isinstance(callback, SaveConfigCallback)]

@@ -125,18 +125,19 @@ class OneRun(Callback):
         own = _new_folder(self._folder / "predictions", now) if trainer.is_global_zero else self._folder
         set_run_folder(trainer, trainer.strategy.broadcast(own))
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no empty folder of a prediction that was refused; the report makes it again if it has something."""
+        del pl_module, exception
+        if self._folder is not None:
+            _remove_if_empty(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come back to the folder of the run."""
-        del pl_module
-        if self._folder is None:
-            return
-        left = Path(trainer.default_root_dir)
-        set_run_folder(trainer, self._folder)
-        self._folder = None
-        if stage == "predict" and trainer.is_global_zero:
-            with suppress(OSError):  # not empty: only a prediction without pictures and report wrote nothing
-                left.rmdir()
-                left.parent.rmdir()
+        del pl_module, stage
+        if self._folder is not None:
+            _remove_if_empty(trainer)
+            set_run_folder(trainer, self._folder)
+            self._folder = None
 
     def _check(self, trainer: Trainer, module: LightningModule) -> None:
         folders = _folders_of(trainer)
@@ -163,16 +164,25 @@ class OneRun(Callback):
 
 def _new_folder(parent: Path, name: str) -> Path:
     folder, number = parent / name, 1
-    while True:
-        try:
-            folder.mkdir(parents=True)  # (no other process can take the same one)
-        except FileExistsError:
-            number += 1
-            folder = parent / f"{name}_{number}"
-            continue
-        except OSError:
-            pass  # where nothing can be written, a prediction may have nothing to write
-        return folder
+    with suppress(OSError):  # where nothing can be written, a prediction may have nothing to write
+        parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                folder.mkdir()  # (no other process can take the same one)
+                break
+            except FileExistsError:
+                number += 1
+                folder = parent / f"{name}_{number}"
+    return folder
+
+
+def _remove_if_empty(trainer: Trainer) -> None:
+    """Remove the folder of a prediction that wrote nothing."""
+    folder = Path(trainer.default_root_dir)
+    if trainer.state.fn == "predict" and trainer.is_global_zero:
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+            folder.parent.rmdir()
 
 
 def _folders_of(trainer: Trainer) -> list[Path]:

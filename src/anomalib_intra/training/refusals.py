@@ -2,11 +2,14 @@
 """How an error ends a command: a sentence where it is for the user to mend, a traceback where a program is at fault."""
 
 import linecache
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 #: Packages that refuse what users give, files above all, in sentences.
 _REFUSING = ("anomalib_intra.", "anomalib.data.")
@@ -34,7 +37,7 @@ def is_refusal(error: Exception) -> bool:
         return True
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     statement = linecache.getline(frame.f_code.co_filename, line, frame.f_globals)
-    return frame.f_globals["__name__"].startswith(_REFUSING) and statement.lstrip().startswith("raise ")
+    return frame.f_globals.get("__name__", "").startswith(_REFUSING) and statement.lstrip().startswith("raise ")
 
 
 @contextmanager
@@ -51,6 +54,7 @@ def refusing(in_clear_words: Callable[[Exception], str | None] = lambda _: None)
         sentence = in_clear_words(error) or (str(error) if is_refusal(error) else None)
         if sentence is None:
             raise
+        logger.debug("This ended the command.", exc_info=error)
         sys.stderr.write(f"anomalib-intra: {sentence}\n")
         sys.exit(2)
 
