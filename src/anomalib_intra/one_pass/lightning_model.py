@@ -323,7 +323,9 @@ class OnePassInTra(ReconstructionModule):
         self._seconds = checkpoint.get("seconds_trained", 0.0)
 
     def _refuse_other_optimizer(self, checkpoint: dict[str, Any]) -> None:
-        groups = [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]
+        if type(self).configure_optimizers is not OnePassInTra.configure_optimizers:
+            return  # one of the user's own
+        groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
         was_muon, is_muon = any("matrices" in group for group in groups), not command_line(self).get("optimizer")
         if groups and was_muon != is_muon:
             msg = (
