@@ -10,7 +10,7 @@ import sys
 from argparse import SUPPRESS
 from argparse import ArgumentParser as PlainParser
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -34,11 +34,14 @@ from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.one_pass import OnePassInTra
 from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
 from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
-from anomalib_intra.training.refusals import build, refusing
+from anomalib_intra.training.refusals import build, refusing, sentence_of_refusal
 from anomalib_intra.yardsticks import yardsticks
 
 #: Exit code of a command that was given too little time, and goes on in the next call.
 _MORE_TO_DO = 75
+
+#: By what our own commands refuse what they are asked for.
+_OWN_REFUSALS = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 
 #: How anomalib begins where it takes no path with other letters than ASCII, or a long one.
 _REFUSED_PATHS = ("Path contains non-printable characters", "Path is too long")
@@ -280,18 +283,13 @@ def _parser_beside_anomalibs(name: str, description: str) -> PlainParser:
     )
 
 
-@contextmanager
-def _refusing(name: str) -> Iterator[None]:
-    """End with a sentence where a command cannot do what it is asked for."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
-        sys.stderr.write(f"{name}: {error}\n")
-        sys.exit(2)
+def _refusing(name: str) -> AbstractContextManager[None]:
+    """End with a sentence where a command of ours cannot do what it is asked for."""
+    return refusing(lambda error: str(error) if isinstance(error, _OWN_REFUSALS) else None, name)
 
 
 def _in_clear_words(error: Exception) -> str | None:
-    """Say what is wrong, and what helps, where anomalib refuses folders in words that do not tell."""
+    """As any refusal, but where anomalib refuses folders in words that do not tell: what is wrong, and what helps."""
     if str(error).startswith(_REFUSED_PATHS):
         # Of whole paths alone, it does not follow links before it looks.
         return (
@@ -303,7 +301,7 @@ def _in_clear_words(error: Exception) -> str | None:
         return "mask_dir holds {} masks for the {} images of abnormal_dir: give each a mask of its name.".format(
             *counts.groups()
         )
-    return None
+    return sentence_of_refusal(error)
 
 
 def _speed(

@@ -40,22 +40,36 @@ def is_refusal(error: Exception) -> bool:
     return frame.f_globals.get("__name__", "").startswith(_REFUSING) and statement.lstrip().startswith("raise ")
 
 
-@contextmanager
-def refusing(in_clear_words: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
-    """End with a sentence and exit code 2 where a command of anomalib cannot do what it is asked for.
+def sentence_of_refusal(error: Exception) -> str | None:
+    """Give what an error says where it is meant for the user.
 
     Args:
-        in_clear_words (Callable): Gives the sentence of an error that has none of its own, or not the whole one; None
-            for all others.
+        error (Exception): An error that was raised.
+
+    Returns:
+        str | None: Its sentence; None where a program is at fault.
+    """
+    return str(error) if is_refusal(error) else None
+
+
+@contextmanager
+def refusing(
+    sentence_of: Callable[[Exception], str | None] = sentence_of_refusal, name: str = "anomalib-intra"
+) -> Iterator[None]:
+    """End with a sentence and exit code 2 where a command cannot do what it is asked for.
+
+    Args:
+        sentence_of (Callable): Gives the sentence of an error; None lets it go on as it is.
+        name (str): Name of the command.
     """
     try:
         yield
     except Exception as error:
-        sentence = in_clear_words(error) or (str(error) if is_refusal(error) else None)
+        sentence = sentence_of(error)
         if sentence is None:
             raise
         logger.debug("This ended the command.", exc_info=error)
-        sys.stderr.write(f"anomalib-intra: {sentence}\n")
+        sys.stderr.write(f"{name}: {sentence}\n")
         sys.exit(2)
 
 
