@@ -143,6 +143,28 @@ def test_other_architectures_are_still_refused(tmp_path: Path) -> None:
         load(path, readout="token")
 
 
+@pytest.mark.parametrize("file", ["text", "nothing", "half a checkpoint", "weights alone", "an exported model"])
+def test_what_is_no_checkpoint_is_refused(file: str, tmp_path: Path) -> None:
+    whole, path = saved(tmp_path / "model.ckpt"), tmp_path / "other.ckpt"
+    if file == "text":
+        path.write_text("hello")
+    elif file == "weights alone":
+        torch.save(torch.load(whole, weights_only=True)["state_dict"], path)
+    elif file == "an exported model":
+        torch.save({"model": torch.nn.Linear(2, 2)}, path)
+    else:
+        content = whole.read_bytes()
+        path.write_bytes(content[: len(content) // 2] if file == "half a checkpoint" else b"")
+    trainer = Trainer(logger=False, accelerator="cpu")
+    for load_it in (
+        InTra.load_from_checkpoint,
+        lambda path: InTra.load_from_checkpoint(checkpoint_path=path),
+        lambda path: trainer.predict(tiny_intra(), torch.rand(1, 3, 64, 64), ckpt_path=path),
+    ):
+        with pytest.raises(ValueError, match=r"other.ckpt is no checkpoint, or not a whole one: take a .ckpt file"):
+            load_it(path)
+
+
 def test_another_class_is_refused_as_such(tmp_path: Path) -> None:
     checkpoint = torch.load(saved(tmp_path / "model.ckpt"), weights_only=True)
     with pytest.raises(ValueError, match="of another model than OnePassInTra, one with the arguments window_size, "):

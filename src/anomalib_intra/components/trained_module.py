@@ -39,6 +39,7 @@ from anomalib_intra.training.checkpoints import (
     AtomicCheckpointIO,
     keep_last_and_best,
     keeper_of_the_best,
+    refuse_other_files,
     weights_were_averaged,
 )
 from anomalib_intra.training.command_line import (
@@ -439,14 +440,17 @@ class TrainedModule(CalibratedModule):
             Self: The model.
 
         Raises:
-            ValueError: If an argument that decides what the weights are for is not that of the checkpoint.
+            ValueError: If the file is no checkpoint, or an argument that decides what the weights are for is not that
+                of the checkpoint.
         """
+        path = args[0] if args else kwargs.get("checkpoint_path")
+        if isinstance(path, str | Path):
+            refuse_other_files(path, cls.checkpoint_safe_globals())
         asked = {name: kwargs.pop(name) for name in cls.architecture if name in kwargs}
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
         model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
         saved = cls.completed(model.hparams)
         check_architecture(model.name, list(asked), saved, cls.completed({**saved, **asked}))
-        path = args[0] if args else kwargs.get("checkpoint_path")
         model.loaded_from = str(path) if isinstance(path, str | Path) else None
         return model
 

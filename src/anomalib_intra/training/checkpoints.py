@@ -4,13 +4,14 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
+from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
@@ -47,6 +48,51 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         _save(Path(path), lambda part: torch.save(checkpoint, part))
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Load a checkpoint.
+
+        Args:
+            path (str | Path): Where it is.
+            *args (Any): As for Lightning's.
+            **kwargs (Any): The same.
+
+        Returns:
+            dict: What was saved.
+
+        Raises:
+            ValueError: If the file is no checkpoint.
+        """
+        refuse_other_files(path, self.extra_safe_globals)
+        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return loaded
+
+
+def refuse_other_files(path: str | Path, safe_globals: Sequence[Any] = ()) -> None:
+    """Refuse a file that is no checkpoint, which torch and Lightning do in words that do not tell.
+
+    Args:
+        path (str | Path): The file; one that is not there, and a remote address, are left to Lightning.
+        safe_globals (Sequence[Any]): Types that a checkpoint may hold beside anomalib's.
+
+    Raises:
+        ValueError: If it is another file, or only a part of a checkpoint.
+    """
+    if not Path(path).is_file():
+        return
+    try:
+        with anomalib_safe_globals(extra=safe_globals):
+            content = torch.load(path, map_location="meta", weights_only=True)
+        is_checkpoint = {"state_dict", "pytorch-lightning_version"} <= content.keys()
+    except Exception:  # torch raises many kinds
+        is_checkpoint = False
+    if not is_checkpoint:
+        msg = (
+            f"{path} is no checkpoint, or not a whole one: take a .ckpt file from the folder weights/lightning of a "
+            "training, and if it is one, copy it again. Exported models (.pt, .onnx, .xml) are for anomalib's "
+            "inferencers."
+        )
+        raise ValueError(msg)
 
 
 def _save(target: Path, write: Callable[[Path], object]) -> None:
