@@ -105,7 +105,7 @@ def test_no_patch_sees_its_hole_and_each_image_sees_the_rest(model: OnePassTrans
         of_radius = before.painted[:, model.radii.index(radius)]
         inside, outside = (model(torch.where(where, 1 - images, images)) for where in (hole, ~hole))
     assert before.painted.shape == (len(images), len(model.radii), 3, height, width)
-    assert before.of_patches.shape == (len(images), len(model.radii), height // K, width // K)
+    assert before.of_cells.shape == (len(images), len(model.radii), height // K, width // K)
     assert before.of_pixels.shape == (len(images), len(model.radii), height, width)
     assert all(x.isfinite().all() for x in before)
     # Not one bit, in any image of the batch; while what lies outside of the hole does change the patch.

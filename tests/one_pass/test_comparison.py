@@ -10,10 +10,10 @@ from anomalib_intra.one_pass.comparison import ComparisonHead, comparison_loss
 from anomalib_intra.one_pass.spoiling import spoil
 
 
-def by_loops(of_patches, of_pixels, images, spoiled, replaced):
+def by_loops(of_cells, of_pixels, images, spoiled, replaced):
     """The loss patch by patch and pixel by pixel, in float64."""
     count, _, height, width = images.shape
-    K = height // of_patches.shape[1]
+    K = height // of_cells.shape[1]
     visible = (spoiled - images).double().abs().amax(dim=1) > 0.04
 
     def mean_loss(logits, answers):
@@ -39,7 +39,7 @@ def by_loops(of_patches, of_pixels, images, spoiled, replaced):
                 amount = float(replaced[b, 0, y, x])
                 spoiled_here = amount > 0.5 and around > 0.1
                 pixels.append(True if spoiled_here else False if amount == 0 or around == 0 else None)
-    return mean_loss(of_patches, patches) + mean_loss(of_pixels, pixels)
+    return mean_loss(of_cells, patches) + mean_loss(of_pixels, pixels)
 
 
 def test_it_is_the_loss_by_loops():
@@ -47,10 +47,10 @@ def test_it_is_the_loss_by_loops():
     images, donors = torch.rand(2, 4, 3, 24, 32)
     images = (images > 0.5) * 0.1 + 0.4  # so that much of what is replaced looks as before
     spoiled, replaced = spoil(images, donors.round() * 0.1 + 0.4, share=0.9)
-    of_patches, of_pixels = 3 * torch.randn(4, 3, 4), 3 * torch.randn(4, 24, 32)
+    of_cells, of_pixels = 3 * torch.randn(4, 3, 4), 3 * torch.randn(4, 24, 32)
     assert 0 < replaced.mean() < 1
-    expected = by_loops(of_patches, of_pixels, images, spoiled, replaced)
-    assert float(comparison_loss(of_patches, of_pixels, images, spoiled, replaced)) == pytest.approx(expected, rel=1e-5)
+    expected = by_loops(of_cells, of_pixels, images, spoiled, replaced)
+    assert float(comparison_loss(of_cells, of_pixels, images, spoiled, replaced)) == pytest.approx(expected, rel=1e-5)
 
 
 def gradient(images, spoiled, replaced):
@@ -82,6 +82,22 @@ def test_what_cannot_be_seen_is_not_asked_for():
     assert (gradient(images, images + 0.03, torch.zeros_like(replaced)) == 1).all()
 
 
+@pytest.mark.parametrize(("patch", "cell"), [(2, 2), (8, 8), (16, 8), (32, 8), (12, 6), (11, 11)])
+def test_large_patches_have_several_cells(patch, cell):
+    torch.manual_seed(0)
+    head, images, tokens = ComparisonHead(8, patch), torch.rand(1, 3, 2 * patch, 3 * patch), torch.rand(1, 2, 3, 8)
+    of_cells, of_pixels = head(tokens, tokens, images, images)
+    assert of_cells.shape == (1, 2 * patch // cell, 3 * patch // cell)
+    assert of_pixels.shape == (1, 2 * patch, 3 * patch)
+    # Each cell sees the tokens of its patch: they change the cells in it, and those that look at their neighbours.
+    other = tokens.clone()
+    other[:, 1, 2] += 1
+    changed = (head(tokens, other, images, images)[0] != of_cells)[0]
+    inside = torch.zeros_like(changed)
+    inside[max(0, patch // cell - 2) :, max(0, 2 * patch // cell - 2) :] = True
+    assert changed.equal(inside)
+
+
 def test_the_head_learns_where_within_a_patch():
     torch.manual_seed(0)
     K, head = 4, ComparisonHead(8, 4)
@@ -97,9 +113,9 @@ def test_the_head_learns_where_within_a_patch():
         return images, spoiled, replaced, *head(tokens, tokens, spoiled, images)
 
     for _ in range(300):
-        images, spoiled, replaced, of_patches, of_pixels = batch()
+        images, spoiled, replaced, of_cells, of_pixels = batch()
         optimizer.zero_grad()
-        comparison_loss(of_patches, of_pixels, images, spoiled, replaced).backward()
+        comparison_loss(of_cells, of_pixels, images, spoiled, replaced).backward()
         optimizer.step()
     _, _, replaced, _, of_pixels = batch()
     found, there = of_pixels > 0, replaced[:, 0] > 0

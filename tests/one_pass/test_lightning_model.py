@@ -41,7 +41,7 @@ def test_difference_maps_are_logits_of_the_head_and_equation_16_of_all_radii(tra
     expected = torch.zeros(2, 1, 64, 64, dtype=torch.float64)
     for number in range(3):
         expected += 5 * difference_map(images, painting.painted[:, number]).double() / 3
-        patches, pixels = (x[:, number : number + 1] for x in (painting.of_patches, painting.of_pixels))
+        patches, pixels = (x[:, number : number + 1] for x in (painting.of_cells, painting.of_pixels))
         of_both = torch.nn.functional.interpolate(patches, (64, 64), mode="bilinear").double() + pixels.double()
         expected += of_both / 2 / 3
     torch.testing.assert_close(compared.difference.double(), expected, rtol=1e-5, atol=1e-5)
@@ -182,7 +182,7 @@ def test_a_loss_is_that_of_clean_images_painted_from_spoiled_ones(monkeypatch: p
     with torch.no_grad():
         losses = [model.loss_of(samples) for _ in range(60)]
         (_, painting), spoiled = seen[0], clean * (1 - replaced)
-        of_both = (logits[:, 0] for logits in (painting.of_patches, painting.of_pixels))
+        of_both = (logits[:, 0] for logits in (painting.of_cells, painting.of_pixels))
         expected = PaintingLoss()(clean, painting.painted[:, 0]) + comparison_loss(*of_both, clean, spoiled, replaced)
     torch.testing.assert_close(losses[0], expected)
     assert all(torch.equal(images_given, clean) and share == 0.85 for images_given, _, share in given)
@@ -288,10 +288,14 @@ def test_a_checkpoint_of_another_architecture_is_refused(
         tiny_engine(tmp_path).test(other, datamodule=demo, ckpt_path=trained_one_pass.checkpoint)
 
 
-def test_a_checkpoint_of_an_earlier_head_is_refused(trained_one_pass: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("earlier", ["without convolutions", "with a cell as large as the patch"])
+def test_a_checkpoint_of_an_earlier_head_is_refused(earlier: str, trained_one_pass: Run, tmp_path: Path) -> None:
     path = tmp_path / "earlier.ckpt"
     checkpoint = torch.load(trained_one_pass.checkpoint, weights_only=False)
-    checkpoint["state_dict"]["model.comparison.patch_embedding.weight"] = torch.zeros(16, 576)
+    if earlier == "without convolutions":
+        del checkpoint["state_dict"]["model.comparison.texture.0.weight"]
+    else:
+        checkpoint["state_dict"]["model.comparison.neighbours.3.bias"] = torch.zeros(1 + 16**2)
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"an earlier OnePassInTra.*train it anew"):
         OnePassInTra.load_from_checkpoint(path)

@@ -292,9 +292,9 @@ def test_the_comparison_sees_the_patch_and_does_not_teach_the_transformer():
     before = model(images)
     images[..., :K, :K] = 1 - images[..., :K, :K]  # in its own hole, whatever the radius
     after = model(images)
-    assert ((after.of_patches - before.of_patches)[..., 0, 0].abs() > 1e-9).all()
+    assert ((after.of_cells - before.of_cells)[..., 0, 0].abs() > 1e-9).all()
     assert ((after.of_pixels - before.of_pixels)[..., :K, :K].abs() > 1e-9).all()
-    (after.of_patches.sum() + after.of_pixels.sum()).backward()
+    (after.of_cells.sum() + after.of_pixels.sum()).backward()
     taught = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert taught == {"comparison"}
 

@@ -50,7 +50,7 @@ class OnePassInTra(ReconstructionModule):
     from a window of its own; here all are painted at once, and so in a hundredth of the time. A hole around each patch
     is hidden from it: the patch alone, or also the patches up to ``radius`` away. Training images are spoiled, and the
     clean image is asked for, so that the model does not go on with a defect that it sees beside a hole. A head learns
-    to tell spoiled patches and pixels from the others by what was expected in their place.
+    to tell spoiled cells of 8 x 8 pixels, and pixels, from the others by what was expected in their place.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``, at
@@ -242,7 +242,7 @@ class OnePassInTra(ReconstructionModule):
             batch (ImageSamples): Images of a step.
 
         Returns:
-            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which patches and pixels were spoiled.
+            torch.Tensor: The loss, a scalar: eq. 12, and the cross-entropy of which cells and pixels were spoiled.
         """
         images = cut_images(batch)
         others = torch.randint(len(batch.image), (len(batch),))
@@ -255,8 +255,8 @@ class OnePassInTra(ReconstructionModule):
         radius = self.model.radii[int(torch.randint(len(self.model.radii), ()))]
 
         _, painted, *of_each = self.model.paint(spoiled, (radius,))
-        of_patches, of_pixels = (logits[:, 0] for logits in of_each)
-        return self.loss(images, painted[:, 0]) + comparison_loss(of_patches, of_pixels, images, spoiled, replaced)
+        of_cells, of_pixels = (logits[:, 0] for logits in of_each)
+        return self.loss(images, painted[:, 0]) + comparison_loss(of_cells, of_pixels, images, spoiled, replaced)
 
     def on_train_batch_end(self, outputs: Any, batch: ImageSamples, batch_idx: int) -> None:
         """Stop the clock of the step, and the training when its time is up."""
@@ -286,13 +286,13 @@ class OnePassInTra(ReconstructionModule):
         Returns:
             Comparison: Images, the means of what was painted, and difference maps, whose values are logits.
         """
-        image, painted, of_patches, of_pixels = self.model(images)
+        image, painted, of_cells, of_pixels = self.model(images)
         radii = painted.shape[1]
         originals = image[:, None].expand_as(painted).flatten(0, 1)
         of_each = difference_map(originals, painted.flatten(0, 1), self.post_processor.colour_weight)
         by_gms = reduce(of_each, "(b r) 1 h w -> b 1 h w", "mean", r=radii)
-        patches, pixels = (reduce(x.float(), "b r h w -> b 1 h w", "mean") for x in (of_patches, of_pixels))
-        by_head = (interpolate(patches, size=pixels.shape[-2:], mode="bilinear", align_corners=False) + pixels) / 2
+        cells, pixels = (reduce(x.float(), "b r h w -> b 1 h w", "mean") for x in (of_cells, of_pixels))
+        by_head = (interpolate(cells, size=pixels.shape[-2:], mode="bilinear", align_corners=False) + pixels) / 2
         return Comparison(image, painted.float().mean(dim=1), by_head + _GMS_WEIGHT * by_gms)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
@@ -310,13 +310,15 @@ class OnePassInTra(ReconstructionModule):
             ValueError: If the checkpoint is of another architecture, of a version with another head, or of a training
                 with another optimizer that is to go on.
         """
-        if "model.comparison.patch_embedding.weight" in checkpoint["state_dict"]:
+        super().on_load_checkpoint(checkpoint)
+        shapes = {name: weight.shape for name, weight in checkpoint["state_dict"].items()}
+        head = self.model.comparison.state_dict(prefix="model.comparison.")
+        if any(shapes.get(name) != weight.shape for name, weight in head.items()):
             msg = (
                 "This checkpoint is of an earlier OnePassInTra, whose head compared in another way: train it anew, or "
                 "load the checkpoint with the version that made it."
             )
             raise ValueError(msg)
-        super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
         if trainer is not None and trainer.state.fn == "fit":
             self._refuse_other_optimizer(checkpoint)

@@ -29,14 +29,14 @@ class Painting(NamedTuple):
     Args:
         image (torch.Tensor): The images it saw, in [0, 1], shape ``(B, 3, H, W)``.
         painted (torch.Tensor): The images it expected, shape ``(B, R, 3, H, W)``.
-        of_patches (torch.Tensor): For each patch, how little it looks like what was expected there, as a logit; shape
-            ``(B, R, N, M)``.
+        of_cells (torch.Tensor): For each cell, how little it looks like what was expected there, as a logit; shape
+            ``(B, R, N, M)``, or more where patches have several cells.
         of_pixels (torch.Tensor): The same for each pixel, shape ``(B, R, H, W)``.
     """
 
     image: torch.Tensor
     painted: torch.Tensor
-    of_patches: torch.Tensor
+    of_cells: torch.Tensor
     of_pixels: torch.Tensor
 
 
@@ -84,8 +84,8 @@ class OnePassTransformer(nn.Module):
     The hole around a patch is all patches within a Chebyshev distance, its radius: 0 hides the patch alone, 1 also the
     eight around it, -1 hides nothing. One set of weights knows several radii.
 
-    Near patches are seen one by one, far ones as the mean of their block. A head compares each patch with what was
-    expected in its place, as a whole and pixel by pixel. Needs neither Lightning nor anomalib.
+    Near patches are seen one by one, far ones as the mean of their block. A head compares what is there with what
+    was expected in its place, in small cells and pixel by pixel. Needs neither Lightning nor anomalib.
 
     Args:
         image_size (tuple[int, int]): Height and width of the images in pixels; their positions tie the model to it.
