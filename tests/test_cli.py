@@ -11,6 +11,7 @@ import yaml
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import Folder
 from anomalib.data.utils import ValSplitMode
+from anomalib.models import AnomalibModule
 from lightning.pytorch import Trainer
 from PIL import Image
 
@@ -19,7 +20,7 @@ from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.arguments import with_defaults
 from anomalib_intra.training.refusals import refusing
 
-from .conftest import CONFIGS, tiny_one_pass
+from .conftest import CONFIGS, tiny_intra, tiny_one_pass
 
 SIZES = {
     "carpet": 512, "grid": 512, "leather": 512, "tile": 512, "wood": 320, "bottle": 256, "cable": 256, "capsule": 320,
@@ -130,13 +131,32 @@ def test_commands_take_the_config_of_a_training(
     assert data is None or type(built.datamodule) is data
 
 
+def save(model: AnomalibModule, path: Path) -> str:
+    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["train", "fit", "test", "predict"])
+def test_a_model_is_built_as_that_of_its_checkpoint(command: str, tmp_path: Path) -> None:
+    path = save(tiny_one_pass(radii=(0, 1), minutes=7), tmp_path / "model.ckpt")
+    words = [command, "--data", "TextureDemo", "--ckpt_path", path, "--model", "OnePassInTra"]
+    model = cli.CommandLine(words, run=False).model
+    assert (model.image_size, len(model.model.inpaint_embedding), model.model.radii) == ((64, 64), 32, (0, 1))
+    assert model.minutes == 30  # no architecture
+    # What was asked for stays, and is refused in a sentence where the checkpoint is loaded.
+    model = cli.CommandLine([*words, "--model.depth", "3"], run=False).model
+    assert (len(model.model.blocks), len(model.model.inpaint_embedding)) == (3, 32)
+    save(tiny_intra(), tmp_path / "model.ckpt")
+    assert cli.CommandLine(words, run=False).model.image_size == (256, 256)  # another class
+
+
 def test_export_heeds_the_post_processor_that_is_given(tmp_path: Path, monkeypatch) -> None:
     model = tiny_one_pass()
     model.post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
     model.post_processor._image_threshold.fill_(0.5)
-    trainer = Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    save(model, tmp_path / "model.ckpt")
     asked = ["--model.post_processor", "InTraPostProcessor", "--model.post_processor.image_sensitivity", "0.3"]
     words = ["export", *SMALL, *asked, "--export_type", "torch", "--ckpt_path", str(tmp_path / "model.ckpt")]
     monkeypatch.setattr(sys, "argv", ["anomalib-intra", *words, "--export_root", str(tmp_path)])

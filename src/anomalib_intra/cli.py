@@ -4,6 +4,7 @@
 It adds the few commands that anomalib has no place for.
 """
 
+import logging
 import re
 import signal
 import sys
@@ -13,17 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.data import AnomalibDataModule
 from anomalib.loggers import configure_logger
 from anomalib.models import AnomalibModule
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from anomalib_intra.benchmark import benchmark
 from anomalib_intra.components.calibrated_module import CalibratedModule
+from anomalib_intra.components.checkpoint_fit import not_given
 from anomalib_intra.components.reconstruction_module import ReconstructionModule
+from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.experiments.ablations import ablations
 from anomalib_intra.experiments.map_options import OPTIONS, map_options
 from anomalib_intra.experiments.reproduce import reproduce
@@ -32,10 +36,13 @@ from anomalib_intra.experiments.speed import speed
 from anomalib_intra.experiments.synthetic_defects import synthetic_defects
 from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.one_pass import OnePassInTra
+from anomalib_intra.training.checkpoints import read_checkpoint
 from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
 from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
 from anomalib_intra.training.refusals import build, refusing, sentence_of_refusal
 from anomalib_intra.yardsticks import yardsticks
+
+logger = logging.getLogger(__name__)
 
 #: Exit code of a command that was given too little time, and goes on in the next call.
 _MORE_TO_DO = 75
@@ -114,6 +121,14 @@ class CommandLine(AnomalibCLI):
         super().add_export_arguments(parser)
         _pass_over_training(parser)
 
+    def before_instantiate_classes(self) -> None:
+        """Build the model as that of the checkpoint, where nothing else was asked for."""
+        super().before_instantiate_classes()
+        given = self.config[self.subcommand]
+        if given.get("ckpt_path") and given.get("model") and Path(given.ckpt_path).is_file():
+            with refusing():
+                _build_as_saved(given.model, Path(given.ckpt_path))
+
     def instantiate_classes(self) -> None:
         """Have ``export`` heed the post-processor that was given, where the Engine builds a model without it."""
         super().instantiate_classes()
@@ -123,6 +138,17 @@ class CommandLine(AnomalibCLI):
                 given.ckpt_path, post_processor=self.model.post_processor
             )
             given.ckpt_path = None  # it is loaded
+
+
+def _build_as_saved(model: Namespace, checkpoint: Path) -> None:
+    """Take the arguments that decide the architecture from a checkpoint, where they were not given."""
+    kind = resolve_name(model.class_path)
+    if not issubclass(kind, TrainedModule):
+        return
+    saved = read_checkpoint(checkpoint, kind.checkpoint_safe_globals()).get("hyper_parameters", {})
+    for name, value in not_given(kind, kind.architecture, saved, model.init_args.as_dict()).items():
+        logger.info("%s=%s, as in the checkpoint.", name, value)
+        model.init_args[name] = value
 
 
 def _pass_over_training(parser: ArgumentParser) -> None:

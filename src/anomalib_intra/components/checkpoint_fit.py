@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from anomalib_intra.components.arguments import with_defaults
+
 logger = logging.getLogger(__name__)
 
 #: The way out where a checkpoint cannot score images.
@@ -87,6 +89,31 @@ values, or use InTra.load_from_checkpoint without them.
             f"values, or use {model}.load_from_checkpoint without them."
         )
         raise ValueError(msg)
+
+
+def not_given(kind: type, names: Iterable[str], saved: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the arguments of a checkpoint that a model should be built with, since nobody asked for others.
+
+    Args:
+        kind (type): Class of the model.
+        names (Iterable[str]): Arguments that may be taken.
+        saved (Mapping[str, Any]): Arguments of the model that was saved.
+        given (Mapping[str, Any]): Arguments of the model that is to be built; those not given have the default.
+
+    Returns:
+        dict[str, Any]: Arguments to take from the checkpoint; none if it is of another class.
+
+    Example:
+        >>> class Model:
+        ...     def __init__(self, depth: int = 4, width: int = 128) -> None: ...
+        >>> not_given(Model, ["depth", "width"], {"depth": 6, "width": 64}, {"depth": 4, "width": 192})
+        {'depth': 6}
+    """
+    default = with_defaults(kind, {})
+    if any(name not in default and not name.startswith("_") for name in saved):
+        return {}  # which is refused where it is loaded
+    asked = _differing(names, default, given)
+    return {name: saved[name] for name in _differing(names, saved, given) if name not in asked}
 
 
 def tell_what_changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:

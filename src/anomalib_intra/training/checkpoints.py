@@ -5,6 +5,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -49,13 +50,15 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             return
         _save(Path(path), lambda part: torch.save(checkpoint, part))
 
-    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
         """Load a checkpoint.
 
         Args:
             path (str | Path): Where it is.
-            *args (Any): As for Lightning's.
-            **kwargs (Any): The same.
+            map_location (Any): As for torch.
+            weights_only (bool | None): Whether it may run no code, as for torch.
 
         Returns:
             dict: What was saved.
@@ -63,36 +66,39 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
         Raises:
             ValueError: If the file is no checkpoint.
         """
-        refuse_other_files(path, self.extra_safe_globals)
-        loaded: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        if Path(path).is_file():
+            read_checkpoint(path, self.extra_safe_globals, weights_only)
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]  # Lightning's type
         return loaded
 
 
-def refuse_other_files(path: str | Path, safe_globals: Sequence[Any] = ()) -> None:
-    """Refuse a file that is no checkpoint, which torch and Lightning do in words that do not tell.
+def read_checkpoint(
+    path: str | Path, safe_globals: Sequence[Any] = (), weights_only: bool | None = True
+) -> dict[str, Any]:
+    """Read all that is in a checkpoint but the values of its tensors.
 
     Args:
-        path (str | Path): The file; one that is not there, and a remote address, are left to Lightning.
+        path (str | Path): The file.
         safe_globals (Sequence[Any]): Types that a checkpoint may hold beside anomalib's.
+        weights_only (bool | None): Whether it may run no code, as for torch.
+
+    Returns:
+        dict: Its content, with tensors on the device ``meta``.
 
     Raises:
-        ValueError: If it is another file, or only a part of a checkpoint.
+        ValueError: If it is another file, or only a part of a checkpoint, which torch says in words that do not tell.
     """
-    if not Path(path).is_file():
-        return
-    try:
-        with anomalib_safe_globals(extra=safe_globals):
-            content = torch.load(path, map_location="meta", weights_only=True)
-        is_checkpoint = {"state_dict", "pytorch-lightning_version"} <= content.keys()
-    except Exception:  # torch raises many kinds
-        is_checkpoint = False
-    if not is_checkpoint:
+    content: Any = None
+    with suppress(Exception), anomalib_safe_globals(extra=safe_globals):  # torch raises many kinds
+        content = torch.load(path, map_location="meta", weights_only=weights_only)
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
         msg = (
             f"{path} is no checkpoint, or not a whole one: take a .ckpt file from the folder weights/lightning of a "
             "training, and if it is one, copy it again. Exported models (.pt, .onnx, .xml) are for anomalib's "
             "inferencers."
         )
         raise ValueError(msg)
+    return content
 
 
 def _save(target: Path, write: Callable[[Path], object]) -> None:
