@@ -22,8 +22,8 @@ class ComparisonHead(nn.Module):
 
     A difference in brightness that normal parts show, too, counts for less than one that they never show: eq. 16 cannot
     tell the two apart, this learns it. Cells tell best whether there is a defect, pixels where it ends. A cell is a
-    patch or, of patches with more than 8 pixels a side, a quarter of one, or of such a quarter. The gradients do not
-    reach the transformer, which would paint worse.
+    patch, whose sides are halved while they are even and longer than 8 pixels. The gradients do not reach the
+    transformer, which would paint worse.
 
     Args:
         embed_dim (int): Latent dimension D.
