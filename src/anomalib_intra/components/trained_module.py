@@ -444,8 +444,8 @@ class TrainedModule(CalibratedModule):
                 of the checkpoint.
         """
         path = args[0] if args else kwargs.get("checkpoint_path")
-        if isinstance(path, str | Path) and Path(path).is_file():
-            read_checkpoint(path, cls.checkpoint_safe_globals(), kwargs.get("weights_only", True))
+        if kwargs.get("weights_only", True) and isinstance(path, str | Path) and Path(path).is_file():
+            read_checkpoint(path, cls.checkpoint_safe_globals())
         asked = {name: kwargs.pop(name) for name in cls.architecture if name in kwargs}
         # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
         model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))

@@ -5,7 +5,6 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -64,40 +63,40 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             dict: What was saved.
 
         Raises:
-            ValueError: If the file is no checkpoint.
+            ValueError: If the file is no checkpoint, or could run code that it must not.
         """
-        if Path(path).is_file():
-            read_checkpoint(path, self.extra_safe_globals, weights_only)
-        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]  # Lightning's type
+        if weights_only is not False and Path(path).is_file():  # None is torch's default, which is True
+            read_checkpoint(path, self.extra_safe_globals)
+        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]
         return loaded
 
 
-def read_checkpoint(
-    path: str | Path, safe_globals: Sequence[Any] = (), weights_only: bool | None = True
-) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
     """Read all that is in a checkpoint but the values of its tensors.
 
     Args:
         path (str | Path): The file.
         safe_globals (Sequence[Any]): Types that a checkpoint may hold beside anomalib's.
-        weights_only (bool | None): Whether it may run no code, as for torch.
 
     Returns:
         dict: Its content, with tensors on the device ``meta``.
 
     Raises:
-        ValueError: If it is another file, or only a part of a checkpoint, which torch says in words that do not tell.
+        ValueError: If it is another file, or only a part of a checkpoint, or could run code.
     """
-    content: Any = None
-    with suppress(Exception), anomalib_safe_globals(extra=safe_globals):  # torch raises many kinds
-        content = torch.load(path, map_location="meta", weights_only=weights_only)
+    content, reason = None, None
+    try:
+        with anomalib_safe_globals(extra=safe_globals):
+            content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception as error:  # torch raises many kinds, in words that do not tell
+        reason = error
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
         msg = (
-            f"{path} is no checkpoint, or not a whole one: take a .ckpt file from the folder weights/lightning of a "
-            "training, and if it is one, copy it again. Exported models (.pt, .onnx, .xml) are for anomalib's "
-            "inferencers."
+            f"{path} is no checkpoint, or not a whole one, or holds objects that could run code, so it is not loaded: "
+            "take a .ckpt file from the folder weights/lightning of a training, and if it is one, copy it again. "
+            "Exported models (.pt, .onnx, .xml) are for anomalib's inferencers."
         )
-        raise ValueError(msg)
+        raise ValueError(msg) from reason
     return content
 
 
