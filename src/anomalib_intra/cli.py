@@ -36,7 +36,6 @@ from anomalib_intra.experiments.speed import speed
 from anomalib_intra.experiments.synthetic_defects import synthetic_defects
 from anomalib_intra.intra.lightning_model import InTra
 from anomalib_intra.one_pass import OnePassInTra
-from anomalib_intra.training.checkpoints import read_checkpoint
 from anomalib_intra.training.console import ignore_what_no_user_can_mend, print_each_line_once
 from anomalib_intra.training.named_configs import CONFIGS, find_config, with_config_paths
 from anomalib_intra.training.refusals import build, refusing, sentence_of_refusal
@@ -125,9 +124,8 @@ class CommandLine(AnomalibCLI):
         """Build the model as that of the checkpoint, where nothing else was asked for."""
         super().before_instantiate_classes()
         given = self.config[self.subcommand]
-        if given.get("ckpt_path") and given.get("model") and Path(given.ckpt_path).is_file():
-            with refusing():
-                _build_as_saved(given.model, Path(given.ckpt_path))
+        if given.get("ckpt_path") and Path(given.ckpt_path).is_file():
+            _build_as_saved(given.model, Path(given.ckpt_path))
 
     def instantiate_classes(self) -> None:
         """Have ``export`` heed the post-processor that was given, where the Engine builds a model without it."""
@@ -145,7 +143,7 @@ def _build_as_saved(model: Namespace, checkpoint: Path) -> None:
     kind = resolve_name(model.class_path)
     if not issubclass(kind, TrainedModule):
         return
-    saved = read_checkpoint(checkpoint, kind.checkpoint_safe_globals()).get("hyper_parameters", {})
+    saved = kind.read_checkpoint(checkpoint).get("hyper_parameters", {})
     for name, value in not_given(kind, kind.architecture, saved, model.init_args.as_dict()).items():
         logger.info("%s=%s, as in the checkpoint.", name, value)
         model.init_args[name] = value

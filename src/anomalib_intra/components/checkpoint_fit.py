@@ -49,9 +49,7 @@ def check_class(
         ValueError: The checkpoint is of another model than InTra, one with the argument backbone: load it with the \
 class that was trained, or take a checkpoint of InTra.
     """
-    # Lightning's own begin with an underscore.
-    saved = checkpoint.get("hyper_parameters", {})
-    others = [name for name in saved if name not in arguments and not name.startswith("_")]
+    others = _of_another_class(checkpoint.get("hyper_parameters", {}), arguments)
     if others and not set(weights) <= set(checkpoint["state_dict"]):
         msg = (
             f"The checkpoint is of another model than {model}, one with the argument{'s' * (len(others) > 1)} "
@@ -110,7 +108,7 @@ def not_given(kind: type, names: Iterable[str], saved: Mapping[str, Any], given:
         {'depth': 6}
     """
     default = with_defaults(kind, {})
-    if any(name not in default and not name.startswith("_") for name in saved):
+    if _of_another_class(saved, default):
         return {}  # which is refused where it is loaded
     asked = _differing(names, default, given)
     return {name: saved[name] for name in _differing(names, saved, given) if name not in asked}
@@ -163,6 +161,11 @@ def forget_stale_calibration(
         checkpoint["state_dict"] = {**checkpoint["state_dict"], **blank}
     else:  # one of an older version lacks what has been added since
         checkpoint["state_dict"] = {**blank, **checkpoint["state_dict"]}
+
+
+def _of_another_class(saved: Iterable[str], arguments: Collection[str]) -> list[str]:
+    """Arguments that the model does not take; Lightning's own begin with an underscore."""
+    return [name for name in saved if name not in arguments and not name.startswith("_")]
 
 
 def _differing(names: Iterable[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,6 @@ from anomalib_intra.training.checkpoints import (
     AtomicCheckpointIO,
     keep_last_and_best,
     keeper_of_the_best,
-    read_checkpoint,
     weights_were_averaged,
 )
 from anomalib_intra.training.command_line import (
@@ -429,6 +428,21 @@ class TrainedModule(CalibratedModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     @classmethod
+    def read_checkpoint(cls, path: str | Path) -> dict[str, Any]:
+        """Read all that is in a checkpoint but the values of its tensors.
+
+        Args:
+            path (str | Path): The file.
+
+        Returns:
+            dict: Its content, with tensors on the device ``meta``.
+
+        Raises:
+            ValueError: If it is no checkpoint.
+        """
+        return AtomicCheckpointIO(cls.checkpoint_safe_globals()).load_checkpoint(path, map_location="meta")
+
+    @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> "Self":
         """Load a model from a checkpoint, which can run no code.
 
@@ -444,11 +458,14 @@ class TrainedModule(CalibratedModule):
                 of the checkpoint.
         """
         path = args[0] if args else kwargs.get("checkpoint_path")
-        if kwargs.get("weights_only", True) and isinstance(path, str | Path) and Path(path).is_file():
-            read_checkpoint(path, cls.checkpoint_safe_globals())
         asked = {name: kwargs.pop(name) for name in cls.architecture if name in kwargs}
-        # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
-        model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
+        try:
+            # Lightning would let a checkpoint name the function that builds the model, and with it modules to import.
+            model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
+        except Exception:
+            if isinstance(path, str | Path) and kwargs.get("weights_only", True):
+                cls.read_checkpoint(path)  # says so where it is none
+            raise
         saved = cls.completed(model.hparams)
         check_architecture(model.name, list(asked), saved, cls.completed({**saved, **asked}))
         model.loaded_from = str(path) if isinstance(path, str | Path) else None

@@ -50,7 +50,7 @@ class OnePassInTra(ReconstructionModule):
     from a window of its own; here all are painted at once, and so in a hundredth of the time. A hole around each patch
     is hidden from it: the patch alone, or also the patches up to ``radius`` away. Training images are spoiled, and the
     clean image is asked for, so that the model does not go on with a defect that it sees beside a hole. A head learns
-    to tell spoiled cells of 8 x 8 pixels, and pixels, from the others by what was expected in their place.
+    to tell spoiled cells of at most 8 x 8 pixels, and pixels, from the others by what was expected in their place.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized, multiples of ``patch_size``, at

@@ -4,14 +4,13 @@
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
-from anomalib.utils.serialization import anomalib_safe_globals
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
 
@@ -63,41 +62,24 @@ class AtomicCheckpointIO(AnomalibCheckpointIO):
             dict: What was saved.
 
         Raises:
-            ValueError: If the file is no checkpoint, or could run code that it must not.
+            ValueError: If it is another file, or only a part of a checkpoint, or could run code that it must not.
         """
-        if weights_only is not False and Path(path).is_file():  # None is torch's default, which is True
-            read_checkpoint(path, self.extra_safe_globals)
-        loaded: dict[str, Any] = super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]
-        return loaded
-
-
-def read_checkpoint(path: str | Path, safe_globals: Sequence[Any] = ()) -> dict[str, Any]:
-    """Read all that is in a checkpoint but the values of its tensors.
-
-    Args:
-        path (str | Path): The file.
-        safe_globals (Sequence[Any]): Types that a checkpoint may hold beside anomalib's.
-
-    Returns:
-        dict: Its content, with tensors on the device ``meta``.
-
-    Raises:
-        ValueError: If it is another file, or only a part of a checkpoint, or could run code.
-    """
-    content, reason = None, None
-    try:
-        with anomalib_safe_globals(extra=safe_globals):
-            content = torch.load(path, map_location="meta", weights_only=True)
-    except Exception as error:  # torch raises many kinds, in words that do not tell
-        reason = error
-    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
-        msg = (
-            f"{path} is no checkpoint, or not a whole one, or holds objects that could run code, so it is not loaded: "
-            "take a .ckpt file from the folder weights/lightning of a training, and if it is one, copy it again. "
-            "Exported models (.pt, .onnx, .xml) are for anomalib's inferencers."
-        )
-        raise ValueError(msg) from reason
-    return content
+        content: dict[str, Any] | None = None
+        reason = None
+        try:
+            content = super().load_checkpoint(path, map_location, weights_only)  # type: ignore[arg-type]  # Lightning's
+        except Exception as error:  # torch raises many kinds, in words that do not tell
+            if not Path(path).is_file():
+                raise
+            reason = error
+        if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+            msg = (
+                f"{path} is no checkpoint, or not a whole one, or holds objects that could run code, so it is not "
+                "loaded: take a .ckpt file from the folder weights/lightning of a training, and if it is one, copy it "
+                "again. Exported models (.pt, .onnx, .xml) are for anomalib's inferencers."
+            )
+            raise ValueError(msg) from reason
+        return content
 
 
 def _save(target: Path, write: Callable[[Path], object]) -> None:
