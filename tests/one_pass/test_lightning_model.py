@@ -99,6 +99,20 @@ def test_training_to_a_time_ends_there_with_the_learning_rate_down(demo_root: Pa
     assert again.trainer.global_step <= engine.trainer.global_step + 1
 
 
+@pytest.mark.parametrize(("best", "is_told"), [(12, True), (23, False)])
+def test_a_training_that_was_too_long_for_its_images_is_told(
+    best: int, is_told: bool, few: TextureDemo, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_one_pass()
+    monkeypatch.setattr(model, "validation_loss", lambda *_: torch.tensor(abs(model.current_epoch + 1.0 - best)))
+    engine = tiny_engine(tmp_path, max_epochs=24, logger=False)
+    engine.fit(model, datamodule=few)
+    assert torch.load(engine.best_model_path, weights_only=True)["epoch"] == best - 1
+    told = f"painted best after {best} of 24 epochs, when the learning rate was still high"
+    assert (told in caplog.text) == is_told
+    assert (f"with max_epochs={best}, the learning rate is down by then" in caplog.text) == is_told
+
+
 @pytest.mark.parametrize(
     ("model", "trainer"),
     [({"minutes": 1e-6}, {"max_epochs": -1}), ({"minutes": None}, {"max_epochs": 1})],

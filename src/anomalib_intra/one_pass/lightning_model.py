@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one-pass model as an anomalib model: spoiled images go in, clean ones are asked for."""
 
+import logging
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -32,8 +33,11 @@ from anomalib_intra.one_pass.loss import SHORTEST_SIDE, PaintingLoss
 from anomalib_intra.one_pass.optimizer import Muon
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
+from anomalib_intra.training.checkpoints import BestCheckpoint, keeper_of_the_best
 from anomalib_intra.training.command_line import as_commanded, command_line
 from anomalib_intra.training.internals import trainer_of
+
+logger = logging.getLogger(__name__)
 
 #: Weight of eq. 16 beside the learned comparison, whose values are logits.
 _GMS_WEIGHT = 5.0
@@ -41,6 +45,8 @@ _GMS_WEIGHT = 5.0
 _SCORE_SHARE = 0.005
 #: Shares of the training images that are spoiled, and that are seen in another light where that was asked for.
 _SPOILED, _IN_ANOTHER_LIGHT = 0.85, 0.7
+#: The best epoch came too early if its learning rate was above this share of the peak; fewer epochs do not tell.
+_STILL_HIGH, _EPOCHS_TO_TELL = 0.25, 20
 
 
 class OnePassInTra(ReconstructionModule):
@@ -274,6 +280,25 @@ class OnePassInTra(ReconstructionModule):
             seconds = self.trainer.strategy.reduce(seconds, reduce_op="max")
         self._seconds += float(seconds)
         self._step_started = None
+
+    def end_training(self) -> None:
+        """Calibrate the best epoch's weights, and say so if a shorter training would have ended with better ones."""
+        super().end_training()
+        losses = [row["val_loss"] for row in self.losses if "val_loss" in row]
+        if len(losses) < _EPOCHS_TO_TELL or not isinstance(keeper_of_the_best(self.trainer), BestCheckpoint):
+            return
+        best = losses.index(min(losses)) + 1
+        if one_cycle(best / len(losses)) < _STILL_HIGH:
+            return
+        shorter = f"max_epochs={best}" if self.minutes is None else f"minutes={self.minutes * best / len(losses):.2g}"
+        logger.warning(
+            "Held-out images were painted best after %d of %d epochs, when the learning rate was still high, and those "
+            "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which is "
+            "shorter and mostly better.",
+            best,
+            len(losses),
+            shorter,
+        )
 
     # ---- comparison --------------------------------------------------------------------------------------------------
 
