@@ -282,7 +282,7 @@ class OnePassInTra(ReconstructionModule):
         self._step_started = None
 
     def end_training(self) -> None:
-        """Calibrate the best epoch's weights, and say so if a shorter training would have ended with better ones."""
+        """Calibrate the weights that are kept, and say so if a shorter training would have done as well."""
         super().end_training()
         losses = [row["val_loss"] for row in self.losses if "val_loss" in row]
         if len(losses) < _EPOCHS_TO_TELL or not isinstance(keeper_of_the_best(self.trainer), BestCheckpoint):
@@ -293,8 +293,8 @@ class OnePassInTra(ReconstructionModule):
         shorter = f"max_epochs={best}" if self.minutes is None else f"minutes={self.minutes * best / len(losses):.2g}"
         logger.warning(
             "Held-out images were painted best after %d of %d epochs, when the learning rate was still high, and those "
-            "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which is "
-            "shorter and mostly better.",
+            "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which takes "
+            "less time and finds about as much, or more.",
             best,
             len(losses),
             shorter,
