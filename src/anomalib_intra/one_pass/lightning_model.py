@@ -293,8 +293,8 @@ class OnePassInTra(ReconstructionModule):
         shorter = f"max_epochs={best}" if self.minutes is None else f"minutes={self.minutes * best / len(losses):.2g}"
         logger.warning(
             "Held-out images were painted best after %d of %d epochs, when the learning rate was still high, and those "
-            "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which takes "
-            "less time and finds about as much, or more.",
+            "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which "
+            "takes less time and finds about as much, or more.",
             best,
             len(losses),
             shorter,
