@@ -99,13 +99,13 @@ def test_training_to_a_time_ends_there_with_the_learning_rate_down(demo_root: Pa
     assert again.trainer.global_step <= engine.trainer.global_step + 1
 
 
-@pytest.mark.parametrize(("best", "is_told"), [(12, True), (23, False)])
+@pytest.mark.parametrize(("best", "every", "is_told"), [(12, 1, True), (23, 1, False), (12, 2, True)])
 def test_a_training_that_was_too_long_for_its_images_is_told(
-    best: int, is_told: bool, few: TextureDemo, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture
+    best: int, every: int, is_told: bool, few: TextureDemo, tmp_path: Path, monkeypatch, caplog
 ) -> None:
     model = tiny_one_pass()
     monkeypatch.setattr(model, "validation_loss", lambda *_: torch.tensor(abs(model.current_epoch + 1.0 - best)))
-    engine = tiny_engine(tmp_path, max_epochs=24, logger=False)
+    engine = tiny_engine(tmp_path, max_epochs=24, check_val_every_n_epoch=every, logger=False)
     engine.fit(model, datamodule=few)
     assert torch.load(engine.best_model_path, weights_only=True)["epoch"] == best - 1
     told = f"painted best after {best} of 24 epochs, when the learning rate was still high"

@@ -33,6 +33,7 @@ from anomalib_intra.one_pass.loss import SHORTEST_SIDE, PaintingLoss
 from anomalib_intra.one_pass.optimizer import Muon
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
+from anomalib_intra.training.callbacks import best_epoch
 from anomalib_intra.training.checkpoints import BestCheckpoint, keeper_of_the_best
 from anomalib_intra.training.command_line import as_commanded, command_line
 from anomalib_intra.training.internals import trainer_of
@@ -284,19 +285,19 @@ class OnePassInTra(ReconstructionModule):
     def end_training(self) -> None:
         """Calibrate the weights that are kept, and say so if a shorter training would have done as well."""
         super().end_training()
-        losses = [row["val_loss"] for row in self.losses if "val_loss" in row]
-        if len(losses) < _EPOCHS_TO_TELL or not isinstance(keeper_of_the_best(self.trainer), BestCheckpoint):
+        epochs = int(self.losses[-1]["epoch"]) + 1 if self.losses else 0
+        if epochs < _EPOCHS_TO_TELL or not isinstance(keeper_of_the_best(self.trainer), BestCheckpoint):
             return
-        best = losses.index(min(losses)) + 1
-        if one_cycle(best / len(losses)) < _STILL_HIGH:
+        best = best_epoch(self.losses) + 1
+        if one_cycle(best / epochs) < _STILL_HIGH:
             return
-        shorter = f"max_epochs={best}" if self.minutes is None else f"minutes={self.minutes * best / len(losses):.2g}"
+        shorter = f"max_epochs={best}" if self.minutes is None else f"minutes={self.minutes * best / epochs:.2g}"
         logger.warning(
             "Held-out images were painted best after %d of %d epochs, when the learning rate was still high, and those "
             "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which "
             "takes less time and finds about as much, or more.",
             best,
-            len(losses),
+            epochs,
             shorter,
         )
 

@@ -4,6 +4,7 @@
 import logging
 import math
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,23 @@ class LossHistory(Callback):
         val_loss = pl_module.losses[-1].get("val_loss", math.nan)  # of this epoch, if it has been validated
         logger.info("Epoch %d: train_loss %.5f, val_loss %.5f", trainer.current_epoch, train_loss, val_loss)
         pl_module.losses[-1]["train_loss"] = train_loss
+
+
+def best_epoch(losses: Iterable[Mapping[str, float]]) -> int:
+    """Find the epoch with the lowest validation loss, the first of several.
+
+    Args:
+        losses (Iterable[Mapping]): A row for each epoch, as :class:`LossHistory` keeps them; some were validated.
+
+    Returns:
+        int: The epoch, from 0 on.
+
+    Example:
+        >>> best_epoch([{"epoch": 0, "val_loss": 0.3}, {"epoch": 1, "val_loss": 0.2}, {"epoch": 2}])
+        1
+    """
+    validated = (row for row in losses if "val_loss" in row)
+    return int(min(validated, key=lambda row: row["val_loss"])["epoch"])
 
 
 class ValidatedEnd(Callback):

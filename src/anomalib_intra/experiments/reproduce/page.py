@@ -13,6 +13,7 @@ from anomalib_intra.benchmark.machine import versions
 from anomalib_intra.benchmark.published import published
 from anomalib_intra.benchmark.tables import markdown
 from anomalib_intra.report.plots import training_curves
+from anomalib_intra.training.callbacks import best_epoch
 
 _COLUMNS = {
     "image_AUROC": "image AUROC",
@@ -46,7 +47,8 @@ def write_page(result: dict[str, Any], losses: Sequence[dict[str, float]], folde
 - {result["parameters"] / 1e6:.2f} million parameters, seed {result["settings"]["seed_everything"]}, precision \
 {result["settings"].get("trainer", {}).get("precision") or "32-true"}.
 - {_time(result["sessions"])}
-- Weights of epoch {_best(losses)}, the one with the lowest validation loss. No test image was seen before the test.
+- Weights of epoch {best_epoch(losses)}, the one with the lowest validation loss. No test image was seen before the \
+test.
 - With {versions()}.
 
 ![Training and validation loss](losses.png)
@@ -96,7 +98,3 @@ def _time(sessions: Sequence[dict[str, Any]]) -> str:
     total = timedelta(seconds=round(sum(one["seconds"] for one in sessions)))
     devices = " and ".join(dict.fromkeys(one["device"] for one in sessions))
     return f"Training and validation took {total} in {len(sessions)} session{'s' * (len(sessions) > 1)} on {devices}."
-
-
-def _best(losses: Sequence[dict[str, float]]) -> int:
-    return int(min((row for row in losses if "val_loss" in row), key=lambda row: row["val_loss"])["epoch"])
