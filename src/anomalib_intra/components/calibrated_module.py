@@ -127,6 +127,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         Args:
             images (DataLoader): Images to set them on, as a test would see them.
         """
+        self.post_processor.forget_observed()
         for batch in track(images, "Thresholds"):
             self.post_processor.observe(self.test_step(self.as_tested(batch)))
         self.post_processor.set_thresholds()
@@ -275,6 +276,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         val_loader = datamodule.val_dataloader() if has_validation_images(datamodule) else None
         self._calibrate(self._sort_out(datamodule.train_dataloader(), val_loader))
 
+    @torch.inference_mode(False)  # that of a test, whose tensors no checkpoint can be loaded into
     @torch.no_grad()
     def _calibrate(self, images: NormalImages) -> None:
         was_training = self.training

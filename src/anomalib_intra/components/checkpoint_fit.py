@@ -136,6 +136,28 @@ def tell_what_changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> N
         )
 
 
+def set_learning_rate(checkpoint: dict[str, Any], saved: float, present: float) -> None:
+    """Let a training go on with another learning rate than is in its checkpoint, where all rates are shares of one.
+
+    Args:
+        checkpoint (dict[str, Any]): The checkpoint, whose optimizers and schedules are changed in place.
+        saved (float): The learning rate it began with.
+        present (float): The learning rate it goes on with.
+
+    Example:
+        >>> checkpoint = {"optimizer_states": [{"param_groups": [{"lr": 1e-3}, {"lr": 5e-4}]}]}
+        >>> set_learning_rate(checkpoint, 2e-3, 1e-3)
+        >>> checkpoint["optimizer_states"][0]["param_groups"]
+        [{'lr': 0.0005}, {'lr': 0.00025}]
+    """
+    factor = present / saved
+    for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
+        group.update({name: factor * group[name] for name in ("lr", "initial_lr") if name in group})
+    for schedule in checkpoint.get("lr_schedulers", []):
+        names = [name for name in ("base_lrs", "_last_lr") if name in schedule]
+        schedule.update({name: [factor * rate for rate in schedule[name]] for name in names})
+
+
 def forget_stale_calibration(
     checkpoint: dict[str, Any], stored: Mapping[str, Any], present: Mapping[str, Any], blank: Mapping[str, torch.Tensor]
 ) -> None:

@@ -87,6 +87,12 @@ class SelectiveEvaluator(Evaluator):
         """
         self._lacking = set(names)
 
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Begin anew, also after a validation that was broken off."""
+        del trainer, pl_module
+        for metric in self.val_metrics:
+            metric.reset()
+
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
@@ -102,6 +108,8 @@ class SelectiveEvaluator(Evaluator):
         """Begin anew, also after a test that was broken off."""
         del trainer, pl_module
         self._kinds = set()
+        for metric in self.test_metrics:
+            metric.reset()
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0

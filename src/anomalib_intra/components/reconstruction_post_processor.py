@@ -263,13 +263,14 @@ class InTraPostProcessor(DynamicBufferMixin, UnsaturatedPostProcessor):
         Args:
             batch (InTraBatch): Batch with ``difference``; gets scores, maps, labels and masks.
         """
-        maps = self.raw_anomaly_map(torch.as_tensor(batch.difference))
+        maps, share = self.raw_anomaly_map(torch.as_tensor(batch.difference)), self.score_share
         if self.original_size:
             size = common_size(batch.image_path)
             if size not in self._views:
                 self._views[size] = file_view(self._gone_through, size)
             maps = self._views[size].place(maps, size)
-        batch.update(pred_score=image_score(maps, self.score_share), anomaly_map=maps)
+            share = min(1.0, share * self._views[size].area(size))  # of what the model sees, as in calibration
+        batch.update(pred_score=image_score(maps, share), anomaly_map=maps)
         super().post_process_batch(batch)
 
     # ---- callback ----------------------------------------------------------------------------------------------------

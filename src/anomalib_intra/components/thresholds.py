@@ -108,7 +108,7 @@ class UnsaturatedPostProcessor(PostProcessor):
         self.pixel_quantile: float = quantiles.get("pixel_quantile", 0.999)
         #: The settings that were given, which outlive a checkpoint made with others.
         self.asked_settings: dict[str, Any] = {**switches, **sensitivities, **quantiles}
-        self._forget()
+        self.forget_observed()
 
     @property
     def _checkpoint_config_keys(self) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class UnsaturatedPostProcessor(PostProcessor):
         """Forget the thresholds: they belong to weights that are about to change."""
         self._image_threshold.fill_(torch.nan)
         self._pixel_threshold.fill_(torch.nan)
-        self._forget()
+        self.forget_observed()
 
     @property
     def lacks_thresholds(self) -> bool:
@@ -164,7 +164,7 @@ class UnsaturatedPostProcessor(PostProcessor):
         return 0.0
 
     def set_thresholds(self) -> None:
-        """Set the thresholds from all images observed since the last call."""
+        """Set the thresholds from all images observed since the last call, and forget these."""
         some_anomalous = bool(gathered(self._image_threshold.new_tensor([float(self._anomalies_seen)])).any())
         images = (self._image_threshold, self._image_threshold_metric, self._images, self.image_quantile, 0.0)
         pixels = (
@@ -198,9 +198,10 @@ class UnsaturatedPostProcessor(PostProcessor):
                     )
                 # NumPy, since torch.quantile takes no more than 16 million values.
                 threshold.fill_(max(smallest, float(np.quantile(normal.cpu().numpy(), quantile))))
-        self._forget()
+        self.forget_observed()
 
-    def _forget(self) -> None:
+    def forget_observed(self) -> None:
+        """Forget the images observed so far, such as those of a validation that was broken off."""
         self._anomalies_seen = False
         self._images = _Observed("image")
         self._pixels = _Observed("pixel")
@@ -289,6 +290,11 @@ class UnsaturatedPostProcessor(PostProcessor):
         Args:
             batch (Any): Batch of images.
         """
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin anew."""
+        del trainer, pl_module
+        self.forget_observed()
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *args: Any, **kwargs: Any

@@ -25,6 +25,7 @@ from anomalib_intra.components.checkpoint_fit import (
     check_architecture,
     check_class,
     forget_stale_calibration,
+    set_learning_rate,
     tell_what_changed,
 )
 from anomalib_intra.components.evaluator import SelectiveEvaluator
@@ -191,11 +192,12 @@ class TrainedModule(CalibratedModule):
         """
         super().setup(stage)
         if stage == "fit":
+            self._finders.hold_back(self.trainer)
+            seed_as_commanded(self, self.reset_parameters)
+        if stage == "fit" and self.trainer.global_step == 0:  # not where a run that was stopped goes on in its trainer
             # What another run left in the model; one that goes on from a checkpoint finds its own there.
             self._sample_seed = self._random_state = self._trained_on = self._resumed_from = None
             self.loaded_from, self.losses = None, []
-            self._finders.hold_back(self.trainer)
-            seed_as_commanded(self, self.reset_parameters)
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
@@ -498,6 +500,8 @@ class TrainedModule(CalibratedModule):
             # The run goes on. A model that is only loaded is trained anew, on other samples.
             if trainer.is_global_zero:
                 tell_what_changed(saved, present)
+            if not command_line(self).get("optimizer"):  # which has a rate of its own
+                set_learning_rate(checkpoint, saved["learning_rate"], present["learning_rate"])
             self._sample_seed = checkpoint.get("draw_seed")
             self._trained_on = checkpoint.get("trained_on")
             self._random_state = checkpoint.get("random_state")

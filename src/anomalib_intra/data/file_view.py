@@ -25,6 +25,21 @@ class FileView(NamedTuple):
     height: int
     width: int
 
+    def area(self, size: tuple[int, int]) -> float:
+        """Its area as a share of the file's.
+
+        Args:
+            size (tuple[int, int]): Height and width of the file.
+
+        Returns:
+            float: The share; more than 1 after padding.
+
+        Example:
+            >>> FileView(25, 25, 50, 50).area((100, 100))
+            0.25
+        """
+        return self.height * self.width / (size[0] * size[1])
+
     def place(self, maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Put maps of the part into maps of the whole file, which are zero where the model saw nothing.
 

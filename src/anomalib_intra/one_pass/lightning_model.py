@@ -224,7 +224,7 @@ class OnePassInTra(ReconstructionModule):
 
     def get_ready(self) -> None:
         """Compute mean and standard deviation of each channel, by which images are normalised."""
-        if not self.trainer.ckpt_path:
+        if not self.trainer.ckpt_path and self.trainer.global_step == 0:
             self._seconds = 0.0
         self._step_started = None  # that of a step that was broken off
         assert self._images is not None
@@ -288,15 +288,17 @@ class OnePassInTra(ReconstructionModule):
         epochs = int(self.losses[-1]["epoch"]) + 1 if self.losses else 0
         if epochs < _EPOCHS_TO_TELL or not isinstance(keeper_of_the_best(self.trainer), BestCheckpoint):
             return
-        best = best_epoch(self.losses) + 1
-        if one_cycle(best / epochs) < _STILL_HIGH:
+        best = best_epoch(self.losses)
+        if best is None or one_cycle((best + 1) / epochs) < _STILL_HIGH:
             return
-        shorter = f"max_epochs={best}" if self.minutes is None else f"minutes={self.minutes * best / epochs:.2g}"
+        shorter = f"max_epochs={best + 1}"
+        if self.minutes is not None and self.seconds_left == 0:  # it was these that ended the training
+            shorter = f"minutes={self.minutes * (best + 1) / epochs:.2g}"
         logger.warning(
             "Held-out images were painted best after %d of %d epochs, when the learning rate was still high, and those "
             "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which "
             "takes less time and finds about as much, or more.",
-            best,
+            best + 1,
             epochs,
             shorter,
         )

@@ -114,21 +114,21 @@ class LossHistory(Callback):
         pl_module.losses[-1]["train_loss"] = train_loss
 
 
-def best_epoch(losses: Iterable[Mapping[str, float]]) -> int:
+def best_epoch(losses: Iterable[Mapping[str, float]]) -> int | None:
     """Find the epoch with the lowest validation loss, the first of several.
 
     Args:
         losses (Iterable[Mapping]): A row for each epoch, as :class:`LossHistory` keeps them; some were validated.
 
     Returns:
-        int: The epoch, from 0 on.
+        int | None: The epoch, from 0 on; None if none was validated.
 
     Example:
         >>> best_epoch([{"epoch": 0, "val_loss": 0.3}, {"epoch": 1, "val_loss": 0.2}, {"epoch": 2}])
         1
     """
-    validated = (row for row in losses if "val_loss" in row)
-    return int(min(validated, key=lambda row: row["val_loss"])["epoch"])
+    validated = [row for row in losses if "val_loss" in row]
+    return int(min(validated, key=lambda row: row["val_loss"])["epoch"]) if validated else None
 
 
 class ValidatedEnd(Callback):

@@ -58,3 +58,6 @@ class PostponedFinders:
         trainer.callbacks[:0] = finders  # type: ignore[attr-defined]
         for finder in finders:
             finder.on_fit_start(trainer, module)
+        if finders:
+            # Lightning puts the rate into the optimizer alone, from which a schedule takes it away again.
+            trainer.strategy.setup_optimizers(trainer)
