@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a test or a validation that was broken off saw is in no later one, and what a test computed can be loaded over."""
+"""A test or a validation that was broken off leaves nothing behind, and what a test computed can be loaded over."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ class BreaksOff(Callback):
 
     is_on = True
 
-    def on_test_batch_start(self, trainer: Trainer, pl_module: InTra, batch: object, batch_idx: int, *_: object) -> None:
+    def on_test_batch_start(self, trainer: Trainer, model: InTra, batch: object, batch_idx: int, *_: object) -> None:
         if self.is_on and batch_idx == 1:
             raise OSError("the cable was pulled")
 
@@ -47,9 +47,7 @@ def test_metrics_of_a_test_are_of_its_own_images(few: TextureDemo, trained_intra
     assert after == tiny_engine(tmp_path / "other", logger=False).test(undisturbed, datamodule=few)[0]
 
 
-def test_thresholds_of_a_validation_are_of_its_own_images(
-    few_root: Path, trained_intra: Run, tmp_path: Path
-) -> None:
+def test_thresholds_of_a_validation_are_of_its_own_images(few_root: Path, trained_intra: Run, tmp_path: Path) -> None:
     """Those of the first one are of the test images, with anomalies; then come good ones alone."""
     whole = TextureDemo(few_root, num_workers=0)
     breaks = BreaksOff()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from anomalib.metrics import AUROC
 from PIL import Image
+from torchvision.transforms.v2 import CenterCrop, Pad
 
 from anomalib_intra import InTraPostProcessor
 from anomalib_intra.components.anomaly_map import difference_map
@@ -240,3 +241,20 @@ def test_original_size_resizes_maps_before_taking_the_maximum(monkeypatch, tmp_p
     assert batch.anomaly_map.shape[-2:] == (20, 30)
     assert torch.equal(batch.pred_score, torch.as_tensor(batch.anomaly_map).amax(dim=(-2, -1)).flatten())
     assert (batch.pred_score < maps.amax(dim=(1, 2, 3))).any()
+
+
+@pytest.mark.parametrize(("side", "way"), [(8, CenterCrop(4)), (2, Pad(1))], ids=["cropped", "padded"])
+def test_a_share_of_the_pixels_is_of_those_the_model_sees(monkeypatch, tmp_path, side, way):
+    Image.new("RGB", (side, side)).save(tmp_path / "part.png")
+    pp = calibrated(4, original_size=True, score_share=0.125, enable_normalization=False)
+    pp._gone_through = [way]
+    maps = torch.zeros(1, 1, 4, 4)
+    maps[..., 1, 1:3] = torch.tensor([0.7, 0.3])  # an eighth of what the model sees
+    monkeypatch.setattr(pp, "raw_anomaly_map", lambda differences: maps)
+    batch = InTraBatch(
+        image=torch.zeros(1, 3, 4, 4), image_path=[str(tmp_path / "part.png")], difference=torch.zeros(1, 1, 4, 4)
+    )
+    batch.update(reconstruction=batch.image)
+    pp.post_process_batch(batch)
+    assert batch.anomaly_map.shape[-2:] == (side, side)
+    assert float(batch.pred_score) == pytest.approx(0.5)

@@ -113,6 +113,43 @@ def test_a_training_that_was_too_long_for_its_images_is_told(
     assert (f"with max_epochs={best}, the learning rate is down by then" in caplog.text) == is_told
 
 
+def test_it_is_told_by_what_ended_it_and_not_without_a_validation(
+    few: TextureDemo, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    model = tiny_one_pass(minutes=10)
+    monkeypatch.setattr(model, "validation_loss", lambda *_: torch.tensor(abs(model.current_epoch - 4.0)))
+    tiny_engine(tmp_path / "epochs", max_epochs=20, logger=False).fit(model, datamodule=few)
+    assert "with max_epochs=5, the learning rate is down by then" in caplog.text  # not with fewer minutes
+    caplog.clear()
+    never = tiny_one_pass()
+    engine = tiny_engine(tmp_path / "never", max_epochs=20, check_val_every_n_epoch=30, logger=False)
+    engine.fit(never, datamodule=few)
+    assert never.is_calibrated
+    assert "the learning rate is down by then" not in caplog.text
+
+
+def test_a_run_that_was_stopped_goes_on_in_its_own_trainer_with_its_time_and_losses(
+    few: TextureDemo, tmp_path: Path
+) -> None:
+    class Fails(Callback):
+        at = 2
+
+        def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
+            if trainer.current_epoch == self.at:
+                raise OSError("the cable was pulled")
+
+    model, fails = tiny_one_pass(minutes=10), Fails()
+    engine = tiny_engine(tmp_path, max_epochs=4, callbacks=[fails], logger=False)
+    with pytest.raises(OSError, match="cable"):
+        engine.fit(model, datamodule=few)
+    seconds, first = model.seconds_left, model.losses[:2]
+    fails.at = -1
+    engine.fit(model, datamodule=few)
+    assert model.seconds_left < seconds
+    assert [row["epoch"] for row in model.losses] == [0, 1, 2, 3]
+    assert model.losses[:2] == first
+
+
 @pytest.mark.parametrize(
     ("model", "trainer"),
     [({"minutes": 1e-6}, {"max_epochs": -1}), ({"minutes": None}, {"max_epochs": 1})],

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
+from anomalib_intra.one_pass.augmentation import turn, vary_light
 from anomalib_intra.one_pass.loss import PaintingLoss
+from anomalib_intra.one_pass.optimizer import one_cycle
 from anomalib_intra.one_pass.spoiling import spoil
 
 from ..reference import gms_difference, halved, ssim_difference

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ from anomalib_intra.training.callbacks import FiniteLoss
 from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_last_and_best
 from anomalib_intra.training.random_state import random_state, set_random_state
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import tiny_engine, tiny_intra, tiny_one_pass, tiny_riad
 
 RUN = "InTra/TextureDemo/weave"
 LAST = "weights/lightning/last.ckpt"
@@ -111,6 +111,33 @@ def test_a_run_cut_within_an_epoch_goes_on_at_the_step_that_was_saved(
     assert log.losses == uncut[1].losses[step:]
     assert log.val_losses == uncut[1].val_losses[step // STEPS :]
     assert_same(resumed, uncut[0])
+
+
+class Rates(Callback):
+    """The learning rates of the first step."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        self.seen = self.seen or [group["lr"] for group in trainer.optimizers[0].param_groups]
+
+
+@pytest.mark.parametrize("make", [tiny_intra, tiny_one_pass, tiny_riad])
+def test_a_run_goes_on_with_the_learning_rate_that_is_asked_for(
+    make: Callable, few: TextureDemo, tmp_path: Path
+) -> None:
+    """As the error of a training that diverged advises."""
+    engine = tiny_engine(tmp_path, max_epochs=1, logger=False)
+    engine.fit(make(learning_rate=1e-3, visualizer=False), datamodule=few)
+    last = Path(engine.best_model_path).with_name("last.ckpt")
+    of_first_step = []
+    for rate in (1e-3, 1e-4):
+        rates = Rates()
+        again = tiny_engine(tmp_path / f"{rate}", max_epochs=3, logger=False, callbacks=[rates])
+        again.fit(make(learning_rate=rate, visualizer=False), datamodule=few, ckpt_path=last)
+        of_first_step.append(rates.seen)
+    assert of_first_step[1] == pytest.approx([rate / 10 for rate in of_first_step[0]])
 
 
 _KILLED = """

@@ -90,8 +90,7 @@ class SelectiveEvaluator(Evaluator):
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin anew, also after a validation that was broken off."""
         del trainer, pl_module
-        for metric in self.val_metrics:
-            metric.reset()
+        _reset(self.val_metrics)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
@@ -108,8 +107,7 @@ class SelectiveEvaluator(Evaluator):
         """Begin anew, also after a test that was broken off."""
         del trainer, pl_module
         self._kinds = set()
-        for metric in self.test_metrics:
-            metric.reset()
+        _reset(self.test_metrics)
 
     def on_test_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: ImageBatch, batch_idx: int, dataloader_idx: int = 0
@@ -133,8 +131,7 @@ class SelectiveEvaluator(Evaluator):
                 "anomalous" if normal else "normal",
                 ", ".join(str(metric.name) for metric in left_out),
             )
-        for metric in left_out:
-            metric.reset()  # it is as if it had seen no image
+        _reset(left_out)  # it is as if they had seen no image
         _log(trainer, pl_module, every)
 
     def _possible(self) -> list[Any]:
@@ -153,6 +150,11 @@ def selective(evaluator: Evaluator) -> Evaluator:
     hooks = [f"on_{stage}_{part}_end" for stage in ("validation", "test") for part in ("batch", "epoch")]
     as_anomalib = all(getattr(type(evaluator), hook) is getattr(Evaluator, hook) for hook in hooks)
     return SelectiveEvaluator(evaluator) if as_anomalib else evaluator
+
+
+def _reset(metrics: Any) -> None:
+    for metric in metrics:
+        metric.reset()
 
 
 def _update(metrics: Any, batch: ImageBatch) -> None:

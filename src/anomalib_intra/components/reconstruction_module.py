@@ -43,9 +43,10 @@ class InferenceWithReconstruction(NamedTuple):
 class ReconstructionModule(TrainedModule):
     """An anomalib model that paints images again, and scores them by the difference.
 
-    A model adds ``self.model``, which maps images to a ``Reconstruction``, its ``sampling``, ``self.loss`` and
-    :meth:`loss_of`. What is here is the same for all: the training mean of the difference maps (eq. 17),
-    thresholds, test, prediction, pictures, export, and the checkpoints of the best and the last epoch.
+    A model adds ``self.model``, which maps images to a ``Reconstruction`` (where it maps them to something else, a
+    :meth:`compare` of its own), its ``sampling``, ``self.loss`` and :meth:`loss_of`. What is here is the same for all:
+    the training mean of the difference maps (eq. 17), thresholds, test, prediction, pictures, export, and the
+    checkpoints of the best and the last epoch.
 
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized.

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What normal images may differ in: light, and with parts that lie anyhow, the angle."""
 
-import math
-
 import torch
 from kornia.geometry.transform import rotate
 
 _GAIN, _OFFSET = 0.1, 0.02
-#: Share of a training in which the learning rate rises.
-_WARMUP = 0.01
 
 
 def vary_light(images: torch.Tensor) -> torch.Tensor:
@@ -43,21 +39,3 @@ def turn(images: torch.Tensor) -> torch.Tensor:
     """
     angles = 360 * torch.rand(len(images)).to(images)
     return rotate(images, angles, padding_mode="reflection", align_corners=False).clamp(0, 1)
-
-
-def one_cycle(progress: float) -> float:
-    """The learning rate of a training as a share of its peak: up in a straight line, then down as a cosine.
-
-    Args:
-        progress (float): Share of the training that is done, in [0, 1].
-
-    Returns:
-        float: Share of the peak, in (0, 1].
-
-    Example:
-        >>> [round(one_cycle(progress), 3) for progress in (0.005, 0.01, 0.505, 1.0)]
-        [0.5, 1.0, 0.505, 0.01]
-    """
-    if progress < _WARMUP:
-        return max(progress / _WARMUP, 0.01)
-    return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP))) / 2

@@ -27,10 +27,10 @@ from anomalib_intra.components.reconstruction_module import ReconstructionModule
 from anomalib_intra.components.trained_module import Sampling
 from anomalib_intra.data.images import ImageSamples, cut_images, sample_images
 from anomalib_intra.data.samples import as_fractions
-from anomalib_intra.one_pass.augmentation import one_cycle, turn, vary_light
+from anomalib_intra.one_pass.augmentation import turn, vary_light
 from anomalib_intra.one_pass.comparison import comparison_loss
 from anomalib_intra.one_pass.loss import SHORTEST_SIDE, PaintingLoss
-from anomalib_intra.one_pass.optimizer import Muon
+from anomalib_intra.one_pass.optimizer import Muon, one_cycle
 from anomalib_intra.one_pass.spoiling import spoil
 from anomalib_intra.one_pass.torch_model import OnePassTransformer
 from anomalib_intra.training.callbacks import best_epoch
@@ -129,7 +129,7 @@ class OnePassInTra(ReconstructionModule):
         if minutes is not None and minutes <= 0:
             msg = f"minutes must be more than 0, got {minutes}; None trains for the trainer's epochs."
             raise ValueError(msg)
-        check_counts(images_per_step=images_per_step, depth=depth, embed_dim=embed_dim, patch_size=patch_size)
+        check_counts(images_per_step=images_per_step)
         check_weights(alpha=alpha, beta=beta, learning_rate=learning_rate)
         self.post_processor.expect_other_differences(
             "The difference maps of OnePassInTra are logits: leave deviation out of its post-processor.",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The optimizer of the one-pass model: Muon for the matrices between tokens, AdamW for all other weights."""
+"""How the one-pass model learns: Muon for matrices between tokens, AdamW for all other weights, and the schedule."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.optim.adamw import adamw
 _COEFFICIENTS, _TIMES = (3.4445, -4.7750, 2.0315), 5
 #: By so much an orthogonal update is scaled that its entries are as large as those of AdamW's.
 _SIZE_OF_ADAMW = 0.2
+#: Share of a training in which the learning rate rises.
+_WARMUP = 0.01
 
 
 class Muon(Optimizer):
@@ -137,3 +140,21 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if is_tall else x
+
+
+def one_cycle(progress: float) -> float:
+    """The learning rate of a training as a share of its peak: up in a straight line, then down as a cosine.
+
+    Args:
+        progress (float): Share of the training that is done, in [0, 1].
+
+    Returns:
+        float: Share of the peak, in (0, 1].
+
+    Example:
+        >>> [round(one_cycle(progress), 3) for progress in (0.005, 0.01, 0.505, 1.0)]
+        [0.5, 1.0, 0.505, 0.01]
+    """
+    if progress < _WARMUP:
+        return max(progress / _WARMUP, 0.01)
+    return 0.01 + 0.99 * (1 + math.cos(math.pi * (progress - _WARMUP) / (1 - _WARMUP))) / 2
