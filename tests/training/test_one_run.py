@@ -270,3 +270,19 @@ def test_a_model_in_memory_is_trained_again_with_the_seed_of_now(
     assert [row["epoch"] for row in model.losses] == [0]
     model.load_state_dict(weights, strict=False)
     assert first[0] != fine_tune(model, 2, tmp_path / "tuned", demo_root)[0]
+
+
+def test_a_training_that_is_refused_leaves_latest_to_the_one_before(
+    demo_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick = {"max_epochs": 1, "limit_train_batches": 1, "logger": False}
+    tiny_engine(tmp_path, **quick).fit(tiny_intra(), datamodule=data_of(demo_root))
+    latest = tmp_path / "InTra" / Path(RUN).parent / "latest"
+    first = latest.resolve()
+    with pytest.raises(ValueError, match="after the pre-processor"):
+        tiny_engine(tmp_path, **quick).fit(tiny_intra(pre_processor=False), datamodule=data_of(demo_root))
+    assert latest.resolve() == first
+    assert "Nothing was trained" in caplog.text
+    assert (latest / "weights/lightning/model.ckpt").is_file()
+    tiny_engine(tmp_path, **quick).fit(tiny_intra(), datamodule=data_of(demo_root))
+    assert latest.resolve() != first

@@ -126,10 +126,15 @@ class OneRun(Callback):
         set_run_folder(trainer, trainer.strategy.broadcast(own))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave no empty folder of a prediction that was refused; the report makes it again if it has something."""
+        """Leave no empty folder of a prediction, and no ``latest`` to that of a training, which was refused.
+
+        The report of a prediction makes its folder again if it has something.
+        """
         del pl_module, exception
         if self._folder is not None:
             _remove_if_empty(trainer)
+        if trainer.state.fn == "fit" and trainer.global_step == 0 and trainer.is_global_zero:
+            _point_latest_back(Path(trainer.default_root_dir))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Come back to the folder of the run."""
@@ -183,6 +188,19 @@ def _remove_if_empty(trainer: Trainer) -> None:
         with suppress(OSError):  # it is not empty
             folder.rmdir()
             folder.parent.rmdir()
+
+
+def _point_latest_back(refused: Path) -> None:
+    """Let ``latest`` be the latest run that has a checkpoint: anomalib moves it before a training is looked at."""
+    latest = refused.parent / "latest"
+    runs = [path.parents[2] for path in refused.parent.glob("v*/weights/lightning/*.ckpt")]
+    if not runs or not latest.is_symlink() or latest.resolve() != refused.resolve():
+        return  # (on Windows, it need not be a link)
+    last = max(runs, key=lambda run: int(run.name[1:]) if run.name[1:].isdigit() else -1)
+    with suppress(OSError):
+        latest.unlink()
+        latest.symlink_to(last.resolve(), target_is_directory=True)
+        logger.warning("Nothing was trained, so %s is %s still.", latest, last.name)
 
 
 def _folders_of(trainer: Trainer) -> list[Path]:
