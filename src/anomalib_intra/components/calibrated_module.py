@@ -70,7 +70,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             refuse_unfit(self.pre_processor)
         if not isinstance(self.post_processor, self.post_processor_kind):
             msg = (
-                f"{self.name} needs post_processor=True or the {self.post_processor_kind.__name__} of this package (with "
+                f"{self.name} needs post_processor=True or this package's {self.post_processor_kind.__name__} (with "
                 "enable_normalization=False for raw scores): that of anomalib clamps scores, which moves AUROC. On a "
                 f"command line: --model.post_processor anomalib_intra.{self.post_processor_kind.__name__}, before its "
                 "arguments."
