@@ -500,7 +500,7 @@ class TrainedModule(CalibratedModule):
             # The run goes on. A model that is only loaded is trained anew, on other samples.
             if trainer.is_global_zero:
                 tell_what_changed(saved, present)
-            if not command_line(self).get("optimizer"):  # which has a rate of its own
+            if saved.get("learning_rate") and not command_line(self).get("optimizer"):  # which has a rate of its own
                 set_learning_rate(checkpoint, saved["learning_rate"], present["learning_rate"])
             self._sample_seed = checkpoint.get("draw_seed")
             self._trained_on = checkpoint.get("trained_on")

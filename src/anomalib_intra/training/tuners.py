@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
+from anomalib_intra.training.command_line import command_line
+
 
 def refuse_batch_size_finder(trainer: Trainer, name: str) -> None:
     """Refuse Lightning's search for a batch size.
@@ -58,6 +60,6 @@ class PostponedFinders:
         trainer.callbacks[:0] = finders  # type: ignore[attr-defined]
         for finder in finders:
             finder.on_fit_start(trainer, module)
-        if finders:
+        if finders and not command_line(module).get("optimizer"):  # whose rate is not the model's
             # Lightning puts the rate into the optimizer alone, from which a schedule takes it away again.
             trainer.strategy.setup_optimizers(trainer)
