@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from anomalib.engine import Engine
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 
 from anomalib_intra import RIAD, CutPaste, InTra, OnePassInTra, PatchSVDD, TextureDemo
 from anomalib_intra.components.anomaly_map import difference_map
@@ -106,6 +106,17 @@ def few(few_root: Path) -> TextureDemo:
 def tiny_engine(root: Path, **kwargs: object) -> Engine:
     kwargs = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, **kwargs}
     return Engine(default_root_dir=root, enable_model_summary=False, **kwargs)
+
+
+class Fails(Callback):
+    """Fails at the end of a training step; -1 for none."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.at:
+            raise ValueError("no more")
 
 
 def latest_prediction(engine: Engine) -> Path:

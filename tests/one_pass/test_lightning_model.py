@@ -20,7 +20,7 @@ from anomalib_intra.one_pass.loss import PaintingLoss
 from anomalib_intra.one_pass.torch_model import Painting
 from anomalib_intra.training import checkpoints
 
-from ..conftest import Run, tiny_engine, tiny_one_pass
+from ..conftest import Fails, Run, tiny_engine, tiny_one_pass
 
 
 def test_it_learns_and_is_tested(trained_one_pass: Run) -> None:
@@ -131,16 +131,9 @@ def test_it_is_told_by_what_ended_it_and_not_without_a_validation(
 def test_a_run_that_was_stopped_goes_on_in_its_own_trainer_with_its_time_and_losses(
     few: TextureDemo, tmp_path: Path
 ) -> None:
-    class Fails(Callback):
-        at = 2
-
-        def on_train_epoch_start(self, trainer: Trainer, *_: object) -> None:
-            if trainer.current_epoch == self.at:
-                raise OSError("the cable was pulled")
-
-    model, fails = tiny_one_pass(minutes=10), Fails()
+    model, fails = tiny_one_pass(minutes=10), Fails(at=40)  # in the third epoch
     engine = tiny_engine(tmp_path, max_epochs=4, callbacks=[fails], logger=False)
-    with pytest.raises(OSError, match="cable"):
+    with pytest.raises(ValueError, match="no more"):
         engine.fit(model, datamodule=few)
     seconds, first = model.seconds_left, model.losses[:2]
     fails.at = -1

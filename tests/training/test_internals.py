@@ -9,6 +9,7 @@ import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.metrics import AUROC, F1Max
+from anomalib.utils.path import create_versioned_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import DataLoader, TensorDataset
@@ -101,6 +102,18 @@ def test_set_run_folder_moves_what_is_written(tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path)
     internals.set_run_folder(trainer, tmp_path / "moved")
     assert Path(trainer.default_root_dir) == tmp_path / "moved"
+
+
+def test_point_latest_to_moves_the_link_that_anomalib_sets_and_makes_none(tmp_path: Path) -> None:
+    first, second = create_versioned_dir(tmp_path).resolve(), create_versioned_dir(tmp_path).resolve()
+    latest = tmp_path / "latest"
+    assert latest.resolve() == second
+    assert internals.point_latest_to(first)
+    assert latest.resolve() == first
+    assert not internals.point_latest_to(first)
+    latest.unlink()
+    assert not internals.point_latest_to(second)
+    assert not latest.exists()
 
 
 def test_trainer_of_finds_a_trainer_or_none(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from anomalib_intra import InTra, PatchSVDD, TextureDemo
 from anomalib_intra.report import RunReport
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Fails, tiny_engine, tiny_intra
 
 RUN = "TextureDemo/weave/v0"
 REFUSED = r"has trained InTra already, and would write into the files of that run: make a new Engine"
@@ -99,14 +99,7 @@ def test_a_run_goes_on_in_its_own_trainer(trained: tuple, tmp_path: Path) -> Non
 def test_a_run_that_failed_goes_on_in_its_own_trainer_but_not_with_another_model(
     demo_root: Path, tmp_path: Path
 ) -> None:
-    class Fails(Callback):
-        at = 3
-
-        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
-            if trainer.global_step == self.at:
-                raise ValueError("no more")
-
-    fails = Fails()
+    fails = Fails(at=3)
     engine, model, datamodule = tiny_engine(tmp_path, callbacks=[fails]), tiny_intra(), data_of(demo_root)
     with pytest.raises(ValueError, match="no more"):
         engine.fit(model, datamodule=datamodule)

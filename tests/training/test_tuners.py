@@ -37,14 +37,17 @@ def train(make: Callable, root: Path, demo_root: Path, *finders: Callback, **arg
     return model, losses, engine
 
 
-@pytest.mark.parametrize("make", [tiny_intra, tiny_one_pass, tiny_riad, small_svdd])
+@pytest.mark.parametrize(
+    ("make", "has_schedule"), [(tiny_intra, False), (tiny_one_pass, True), (tiny_riad, True), (small_svdd, False)]
+)
 def test_a_run_with_a_rate_that_was_found_is_one_with_that_rate(
-    make: Callable, demo_root: Path, tmp_path: Path
+    make: Callable, has_schedule: bool, demo_root: Path, tmp_path: Path
 ) -> None:
     # Lightning passes over the first ten rates: of fewer, it would find none and keep what there was.
     finder = LearningRateFinder(min_lr=1e-4, max_lr=1e-2, num_training_steps=15, early_stop_threshold=None)
     found, losses, engine = train(make, tmp_path / "found", demo_root, finder)
     assert found.learning_rate == finder.optimal_lr.suggestion() != make().learning_rate
+    assert has_schedule or losses.rates == {found.learning_rate}
     assert found.is_calibrated
     assert Path(engine.best_model_path).is_file()
     given, expected, _ = train(make, tmp_path / "given", demo_root, learning_rate=found.learning_rate)

@@ -194,10 +194,8 @@ class TrainedModule(CalibratedModule):
         if stage == "fit":
             self._finders.hold_back(self.trainer)
             seed_as_commanded(self, self.reset_parameters)
-        if stage == "fit" and self.trainer.global_step == 0:  # not where a run that was stopped goes on in its trainer
-            # What another run left in the model; one that goes on from a checkpoint finds its own there.
-            self._sample_seed = self._random_state = self._trained_on = self._resumed_from = None
-            self.loaded_from, self.losses = None, []
+            if self.trainer.global_step == 0:  # else a run that was stopped goes on in its own trainer
+                self.forget_run()
         strategy = self.trainer.strategy
         if type(strategy.checkpoint_io) is AnomalibCheckpointIO:
             strategy.checkpoint_io = AtomicCheckpointIO(strategy.checkpoint_io.extra_safe_globals)
@@ -211,6 +209,11 @@ class TrainedModule(CalibratedModule):
             loader = source.dataloader()
             if isinstance(loader, DataLoader) and len(loader.dataset) >= world_size:  # type: ignore[arg-type]
                 source.instance = shared_loader(loader.dataset, loader, loader.batch_size or 1, rank, world_size)
+
+    def forget_run(self) -> None:
+        """Forget what another run left in the model; one that goes on from a checkpoint finds its own there."""
+        self._sample_seed = self._random_state = self._trained_on = self._resumed_from = None
+        self.loaded_from, self.losses = None, []
 
     def on_fit_start(self) -> None:
         """Put the loaders of samples and of held-out images in the place of the datamodule's image loaders."""

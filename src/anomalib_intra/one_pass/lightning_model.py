@@ -222,10 +222,13 @@ class OnePassInTra(ReconstructionModule):
         of_minutes = 0.0 if self.minutes is None else self._seconds / (60 * self.minutes)
         return min(1.0, max(of_minutes, self.share_trained))
 
+    def forget_run(self) -> None:
+        """Forget, too, how long another run has trained."""
+        super().forget_run()
+        self._seconds = 0.0
+
     def get_ready(self) -> None:
         """Compute mean and standard deviation of each channel, by which images are normalised."""
-        if not self.trainer.ckpt_path and self.trainer.global_step == 0:
-            self._seconds = 0.0
         self._step_started = None  # that of a step that was broken off
         assert self._images is not None
         total, count = torch.zeros(2, 3, device=self.device), 0
@@ -289,16 +292,17 @@ class OnePassInTra(ReconstructionModule):
         if epochs < _EPOCHS_TO_TELL or not isinstance(keeper_of_the_best(self.trainer), BestCheckpoint):
             return
         best = best_epoch(self.losses)
-        if best is None or one_cycle((best + 1) / epochs) < _STILL_HIGH:
+        enough = epochs if best is None else best + 1
+        if one_cycle(enough / epochs) < _STILL_HIGH:
             return
-        shorter = f"max_epochs={best + 1}"
+        shorter = f"max_epochs={enough}"
         if self.minutes is not None and self.seconds_left == 0:  # it was these that ended the training
-            shorter = f"minutes={self.minutes * (best + 1) / epochs:.2g}"
+            shorter = f"minutes={self.minutes * enough / epochs:.2g}"
         logger.warning(
             "Held-out images were painted best after %d of %d epochs, when the learning rate was still high, and those "
             "weights are kept. So few images are learned sooner: with %s, the learning rate is down by then, which "
             "takes less time and finds about as much, or more.",
-            best + 1,
+            enough,
             epochs,
             shorter,
         )

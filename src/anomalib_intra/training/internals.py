@@ -62,6 +62,26 @@ def set_run_folder(trainer: Trainer, folder: Path) -> None:
     trainer._default_root_dir = str(folder)  # type: ignore[attr-defined]
 
 
+def point_latest_to(run: Path) -> bool:
+    """Move the link ``latest``, which anomalib sets when it makes the folder of a run.
+
+    Args:
+        run (Path): Folder of the run that it is to point to.
+
+    Returns:
+        bool: Whether it was moved; Windows may have none, or allow few.
+    """
+    latest = run.parent / "latest"
+    if not latest.is_symlink() or latest.resolve() == run.resolve():
+        return False
+    try:
+        latest.unlink()
+        latest.symlink_to(run, target_is_directory=True)
+    except OSError:
+        return False
+    return True
+
+
 def trainer_of(module: LightningModule) -> Trainer | None:
     """Find the trainer of a model without the error that ``module.trainer`` raises where there is none.
 

@@ -14,7 +14,7 @@ from anomalib.post_processing import PostProcessor
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from anomalib_intra.training.internals import set_run_folder
+from anomalib_intra.training.internals import point_latest_to, set_run_folder
 
 logger = logging.getLogger(__name__)
 
@@ -194,12 +194,8 @@ def _point_latest_back(refused: Path) -> None:
     """Let ``latest`` be the latest run that has a checkpoint: anomalib moves it before a training is looked at."""
     latest = refused.parent / "latest"
     runs = [path.parents[2] for path in refused.parent.glob("v*/weights/lightning/*.ckpt")]
-    if not runs or not latest.is_symlink() or latest.resolve() != refused.resolve():
-        return  # (on Windows, it need not be a link)
-    last = max(runs, key=lambda run: int(run.name[1:]) if run.name[1:].isdigit() else -1)
-    with suppress(OSError):
-        latest.unlink()
-        latest.symlink_to(last.resolve(), target_is_directory=True)
+    last = max(runs, key=lambda run: int(run.name[1:]) if run.name[1:].isdigit() else -1, default=refused)
+    if latest.resolve() == refused.resolve() and point_latest_to(last.resolve()):
         logger.warning("Nothing was trained, so %s is %s still.", latest, last.name)
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from torch import distributed
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from anomalib_intra.training.internals import set_run_folder
+from anomalib_intra.training.internals import point_latest_to, set_run_folder
 
 
 def gathered(values: torch.Tensor) -> torch.Tensor:
@@ -47,11 +47,8 @@ def share_run_folder(trainer: Trainer) -> None:
         with suppress(OSError):  # not empty, or on another machine
             own.rmdir()
     trainer.strategy.barrier("run folder")
-    latest = shared.parent / "latest"
-    if trainer.is_global_zero and latest.is_symlink() and latest.resolve() != shared.resolve():
-        with suppress(OSError):  # Windows allows links to few
-            latest.unlink()
-            latest.symlink_to(shared, target_is_directory=True)
+    if trainer.is_global_zero:
+        point_latest_to(shared)
 
 
 def share_of_time(timer: Timer, trainer: Trainer) -> float:
