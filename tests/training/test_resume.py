@@ -22,6 +22,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
 from anomalib_intra import InTra, TextureDemo
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.training import checkpoints as checkpoints_module
 from anomalib_intra.training.callbacks import FiniteLoss
 from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_last_and_best
@@ -138,6 +139,35 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_asked_for(
         again.fit(make(learning_rate=rate, visualizer=False), datamodule=few, ckpt_path=last)
         of_first_step.append(rates.seen)
     assert of_first_step[1] == pytest.approx([rate / 10 for rate in of_first_step[0]])
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (tiny_intra, {"post_processor": {"score_share": 0.05, "colour_weight": 0.5, "deviation": "raw"}}),
+        (tiny_intra, {"second_pass": True}),
+        (tiny_one_pass, {"post_processor": {"score_share": 0.05, "image_quantile": 0.5}}),
+    ],
+)
+def test_the_best_epoch_of_before_is_scored_as_the_run_that_goes_on_was_told(
+    make: Callable, options: dict, few: TextureDemo, tmp_path: Path
+) -> None:
+    """Its thresholds are for scores of that kind: read back without options, it must give such scores."""
+    options = {name: InTraPostProcessor(**o) if isinstance(o, dict) else o for name, o in options.items()}
+    engine = tiny_engine(tmp_path, max_epochs=1, logger=False)
+    engine.fit(make(visualizer=False), datamodule=few)
+    last = Path(engine.best_model_path).with_name("last.ckpt")
+    again = tiny_engine(tmp_path, max_epochs=2, logger=False)
+    resumed = make(visualizer=False, learning_rate=3.0, **options)
+    again.fit(resumed, datamodule=few, ckpt_path=last)
+    checkpoint = torch.load(again.best_model_path, weights_only=True)
+    assert checkpoint["epoch"] == 0, "painted better in spite of its learning rate: the test tests nothing"
+    read_back = type(resumed).load_from_checkpoint(again.best_model_path)
+    assert read_back.is_calibrated
+    images = torch.stack([sample.image for sample in few.test_data])
+    for value, expected in zip(read_back.eval()(images), resumed.eval()(images), strict=True):
+        assert torch.equal(value, expected)
+    assert resumed.learning_rate == 3.0 != read_back.learning_rate, "the rate of that epoch's optimizer is another"
 
 
 _KILLED = """

@@ -338,6 +338,7 @@ class TrainedModule(CalibratedModule):
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
             checkpoint["calibrated_through"] = self.calibrated_through
+            self._store_scoring(checkpoint)
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
@@ -479,12 +480,18 @@ class TrainedModule(CalibratedModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store seed and state of random numbers, which images, losses, and what the calibration depends on."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}
+        self._store_scoring(checkpoint)
         checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._sample_seed
         checkpoint["trained_on"] = self._trained_on
         checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
+
+    def _store_scoring(self, checkpoint: dict[str, Any]) -> None:
+        # Of a run that went on with other settings, the best epoch may be one of before.
+        checkpoint["hyper_parameters"].update(self.scored_with)
+        checkpoint["anomalib_post_processor_config"] = self.post_processor.checkpoint_config()
+        checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another class or architecture, then restore what was stored and still holds.
