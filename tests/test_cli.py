@@ -75,6 +75,10 @@ SMALL = ["--model", "OnePassInTra", "--model.image_size", "[64, 64]", "--model.d
         ),
         (["train", *SMALL, "--data", "TextureDemo", "--data.category", "wave"], "TextureDemo has no category 'wave'"),
         (["predict", *SMALL, "--data", "no/where", "--ckpt_path", "none.ckpt"], "Path does not exist: "),
+        (
+            ["train", "--config", "own_images", "--data.root", "."],
+            "Path does not exist: HERE/good. Check the path; where",
+        ),
         (["predict", *SMALL, "--data", ".", "--ckpt_path", "none.ckpt"], "Checkpoint file not found: "),
         (["predict", *SMALL, "--data", ".", "--ckpt_path", "part.png"], "part.png is no checkpoint, or not a "),
         (["export", *SMALL, "--export_type", "torch", "--ckpt_path", "part.png"], "part.png is no checkpoint"),
@@ -91,7 +95,7 @@ def test_mistakes_end_in_a_sentence(words: list[str], sentence: str, tmp_path: P
         cli.main()
     assert ended.value.code == 2
     said = capsys.readouterr().err.splitlines()[-1].removeprefix("anomalib-intra: ").removeprefix(f"{tmp_path}/")
-    assert said.startswith(sentence)
+    assert said.startswith(sentence.replace("HERE", str(tmp_path)))
 
 
 def test_faults_of_programs_keep_their_traceback() -> None:

@@ -52,6 +52,9 @@ _OWN_REFUSALS = (ValueError, FileNotFoundError, FloatingPointError, ImportError)
 #: How anomalib begins where it takes no path with other letters than ASCII, or a long one.
 _REFUSED_PATHS = ("Path contains non-printable characters", "Path is too long")
 
+#: How it begins where a folder is not there.
+_NO_PATH = "Path does not exist"
+
 #: How numpy ends it where anomalib gives bad images their masks and counts differ.
 _OTHER_COUNT = re.compile(r"NumPy boolean array indexing assignment cannot assign (\d+) .* the (\d+) output")
 
@@ -321,6 +324,8 @@ def _in_clear_words(error: Exception) -> str | None:
             "whole paths through it: --data.normal_dir /LINK/good --data.abnormal_dir /LINK/bad to train, "
             "--data /LINK/new to predict."
         )
+    if str(error).startswith(_NO_PATH):
+        return f"{error}. Check the path; where there are no images of bad parts, train with --data.abnormal_dir null."
     if counts := _OTHER_COUNT.match(str(error)):
         return "mask_dir holds {} masks for the {} images of abnormal_dir: give each a mask of its name.".format(
             *counts.groups()

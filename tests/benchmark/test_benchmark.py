@@ -185,7 +185,7 @@ def test_every_category_may_have_its_own_size(tmp_path: Path) -> None:
         ("anomalib_intra.MVTec", {}, "bottle"),
         ("anomalib.data.MVTecAD", {"category": "screw"}, "screw"),
         ("anomalib.data.Visa", {"category": "pcb1"}, "Visa pcb1"),
-        ("anomalib.data.Folder", {"name": "mine", "normal_dir": "good"}, "Folder"),
+        ("anomalib.data.Folder", {"name": "mine", "normal_dir": "good"}, "Folder mine"),
     ],
 )
 def test_only_mvtec_ad_bears_bare_category_names(class_path: str, arguments: dict, name: str, tmp_path: Path) -> None:

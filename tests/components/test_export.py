@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exported models score image files like Engine.predict: torch, ONNX Runtime, OpenVINO, int8."""
 
+import logging
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -167,6 +168,14 @@ def test_batches_of_any_size_score_like_single_images(trained: Trained, batch: i
         assert got["anomaly_map"].shape == (batch, 1, *trained.model.image_size)
         np.testing.assert_allclose(got["pred_score"], expected.pred_score, **TOLERANCE)
         np.testing.assert_allclose(got["anomaly_map"], expected.anomaly_map, **TOLERANCE)
+
+
+def test_conversion_to_onnx_does_not_tell_of_every_node(
+    trained_one_pass: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    trained_one_pass.model.to_onnx(tmp_path)
+    assert [record.name for record in caplog.records if record.name.startswith("onnx")] == []
 
 
 # ---- int8 ------------------------------------------------------------------------------------------------------------

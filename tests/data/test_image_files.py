@@ -349,17 +349,20 @@ def test_shapes_that_the_datamodule_crops_are_not_spoken_of(
     assert "squeezed" not in caplog.text
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_shapes_that_are_squeezed_and_then_turned_in_training_are_named(
-    tmp_path: Path, turned: bool, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("turned", "width", "proposed"), [(False, 96, []), (True, 96, ["64, 96"]), (True, 90, ["64, 96"])]
+)
+def test_shapes_that_are_squeezed_and_then_turned_in_training_are_named_with_a_size_that_fits_all_models(
+    tmp_path: Path, turned: bool, width: int, proposed: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     model = tiny_intra(augment=turned, windows_per_image=1)
     engine = tiny_engine(tmp_path / "r", max_steps=1, logger=False)
-    engine.fit(model, datamodule=parts(tmp_path, (64, 96)))
+    engine.fit(model, datamodule=parts(tmp_path, (64, width), (64, width)))
     engine.predict(model, data_path=tmp_path / "normal")
     of_shapes = [message for message in caplog.messages if "squeezed" in message]
-    assert len(of_shapes) == turned
-    assert all(re.search(r"64 x 96 .* 64 x 64 and turned.* '\[64, 96\]'", message) for message in of_shapes)
+    of_size = rf"64 x {width} .* 64 x 64 and turned.* '\[(.*)\]'"
+    assert [size for message in of_shapes for size in re.findall(of_size, message)] == proposed
+    assert len(of_shapes) == len(proposed)
 
 
 @pytest.mark.parametrize(("height", "width"), [(100, 1), (1, 100), (1, 1)])

@@ -268,7 +268,8 @@ def _category(entry: dict[str, Any]) -> str:
     """Name the data; names alone stand for MVTec AD, for which there are published figures."""
     kind, _ = parse(AnomalibDataModule, entry)
     asks = signature(kind).parameters.get("category")
-    category = entry.get("init_args", {}).get("category", asks.default if asks else "")
+    given = entry.get("init_args", {})
+    category = given.get("category", asks.default if asks else given.get("name", ""))  # a Folder has a name
     return str(category) if issubclass(kind, MVTecAD) else f"{kind.__name__} {category}".strip()
 
 

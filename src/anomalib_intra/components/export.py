@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+#: What converts to ONNX, and tells of each node that it looks at.
+_TALKATIVE = ("onnx_ir", "onnxscript")
+
 
 class CompleteExport(ExportMixin):
     """anomalib's exports, where INT8 and INT8_PTQ compress what was trained and nothing else.
@@ -71,6 +74,8 @@ class CompleteExport(ExportMixin):
         self._refuse_uncalibrated()
         # What torch writes; anomalib asks for 14, to which it cannot be converted.
         kwargs.setdefault("opset_version", 18)
+        for name in _TALKATIVE:
+            logging.getLogger(name).setLevel(logging.WARNING)
         return super().to_onnx(export_root, model_file_name, input_size, **kwargs)
 
     def _refuse_uncalibrated(self) -> None:

@@ -175,7 +175,7 @@ class ReconstructionModule(TrainedModule):
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 
-    not_calibrated = "This checkpoint has no training mean (its training was cut off)."
+    not_calibrated = "This checkpoint has no training mean (its training was cut off, or its settings were others)."
 
     @property
     def is_calibrated(self) -> bool:

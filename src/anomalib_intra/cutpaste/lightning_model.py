@@ -167,7 +167,9 @@ class CutPaste(TrainedModule):
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 
-    not_calibrated = "This checkpoint has no Gaussian of normal features (its training was cut off)."
+    not_calibrated = (
+        "This checkpoint has no Gaussian of normal features (its training was cut off, or its settings were others)."
+    )
 
     @property
     def is_calibrated(self) -> bool:

@@ -43,6 +43,9 @@ _MOST_SHADES = 8
 #: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
 _SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
 
+#: Sizes that are proposed are multiples of this, which all models take.
+_STEP = 16
+
 _TAG_OF_CHANNELS = 277
 
 _END_OF_JPEG = b"\xff\xd9"
@@ -379,14 +382,15 @@ def _warn_of_shapes(looks: list[_Look], height: int, width: int, turned: bool) -
         return
     differ = tallest.shape * height / width
     if turned and max(differ, 1 / differ) > _SHAPES_DIFFER:
+        shorter = min(height, width) / min(tallest.size)
         logger.warning(
             "Images of %d x %d pixels (height x width) are squeezed to %d x %d and turned, which distorts parts as no "
-            "camera does. Train with a size of their shape, about --model.image_size '[%d, %d]' in multiples of the "
-            "patch size, or without turning them (rotate and augment, as far as the model has them, false).",
+            "camera does. Train with a size of about their shape, such as --model.image_size '[%d, %d]', or without "
+            "turning them (rotate and augment, as far as the model has them, false).",
             *tallest.size[::-1],
             height,
             width,
-            *(round(side * min(height, width) / min(tallest.size)) for side in tallest.size[::-1]),
+            *(_STEP * max(1, round(side * shorter / _STEP)) for side in tallest.size[::-1]),
         )
     elif max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
         logger.warning(

@@ -164,7 +164,7 @@ class PatchSVDD(TrainedModule):
 
     # ---- calibration -------------------------------------------------------------------------------------------------
 
-    not_calibrated = "This checkpoint has no memory bank (its training was cut off)."
+    not_calibrated = "This checkpoint has no memory bank (its training was cut off, or its settings were others)."
 
     @property
     def is_calibrated(self) -> bool:

@@ -69,7 +69,7 @@ class RIAD(ReconstructionModule):
     model: RIADModel
     samples_name = "images"
     architecture = ("image_size", "cell_sizes", "width")
-    not_calibrated = "This checkpoint has no thresholds (its training was cut off)."
+    not_calibrated = "This checkpoint has no thresholds (its training was cut off, or its settings were others)."
 
     def __init__(
         self,
