@@ -174,6 +174,9 @@ def test_another_class_is_refused_as_such(tmp_path: Path) -> None:
     torch.save({**checkpoint, **padim}, tmp_path / "padim.ckpt")
     with pytest.raises(ValueError, match="of another model than OnePassInTra, one with the argument backbone: load"):
         OnePassInTra.load_from_checkpoint(tmp_path / "padim.ckpt")
+    for kind in (OnePassInTra, PatchSVDD):  # which refuse this size of images before there is a model
+        with pytest.raises(ValueError, match=f"of another model than {kind.__name__}, one with the arguments "):
+            kind.load_from_checkpoint(tmp_path / "model.ckpt")
     # An argument that there is no more does not make another model.
     checkpoint["hyper_parameters"]["of_before"] = 1
     torch.save(checkpoint, tmp_path / "model.ckpt")

@@ -28,29 +28,29 @@ HOW_TO_SET_THRESHOLDS = (
 
 
 def check_class(
-    model: str, arguments: Collection[str], weights: Collection[str], checkpoint: Mapping[str, Any]
+    model: str, arguments: Collection[str], checkpoint: Mapping[str, Any], weights: Collection[str] | None = None
 ) -> None:
     """Refuse a checkpoint of another class of models: it has arguments that this one does not take, and other weights.
 
     Args:
         model (str): Name of the model that loads it.
         arguments (Collection[str]): The arguments that the model takes.
-        weights (Collection[str]): Names of its weights.
         checkpoint (Mapping[str, Any]): The checkpoint.
+        weights (Collection[str] | None): Names of its weights; None where it could not be built.
 
     Raises:
         ValueError: If it is; names these arguments, since checkpoints do not name their class.
 
     Example:
         >>> padim = {"hyper_parameters": {"backbone": "resnet18"}, "state_dict": {}}
-        >>> check_class("InTra", ["depth"], ["model.patch_embedding.weight"], padim)
+        >>> check_class("InTra", ["depth"], padim, ["model.patch_embedding.weight"])
         Traceback (most recent call last):
         ...
         ValueError: The checkpoint is of another model than InTra, one with the argument backbone: load it with the \
 class that was trained, or take a checkpoint of InTra.
     """
     others = _of_another_class(checkpoint.get("hyper_parameters", {}), arguments)
-    if others and not set(weights) <= set(checkpoint["state_dict"]):
+    if others and (weights is None or not set(weights) <= set(checkpoint["state_dict"])):
         msg = (
             f"The checkpoint is of another model than {model}, one with the argument{'s' * (len(others) > 1)} "
             f"{', '.join(others)}: load it with the class that was trained, or take a checkpoint of {model}."

@@ -470,7 +470,8 @@ class TrainedModule(CalibratedModule):
             model = cast("Self", super().load_from_checkpoint(*args, **{**kwargs, "_instantiator": None}))
         except Exception:
             if isinstance(path, str | Path) and kwargs.get("weights_only", True):
-                cls.read_checkpoint(path)  # says so where it is none
+                # These say so where it is none, or is one of another class, whose arguments were refused.
+                check_class(cls.__name__, signature(cls).parameters, cls.read_checkpoint(path))
             raise
         saved = cls.completed(model.hparams)
         check_architecture(model.name, list(asked), saved, cls.completed({**saved, **asked}))
@@ -500,7 +501,7 @@ class TrainedModule(CalibratedModule):
             ValueError: If it is of another class or architecture.
         """
         weights = [f"model.{name}" for name, _ in self.model.named_parameters()]
-        check_class(self.name, signature(type(self)).parameters, weights, checkpoint)
+        check_class(self.name, signature(type(self)).parameters, checkpoint, weights)
         saved, present = self.completed(checkpoint.get("hyper_parameters", {})), self.completed(self.hparams)
         check_architecture(self.name, self.architecture, saved, present)
         self._forget_stale_calibration(checkpoint)
