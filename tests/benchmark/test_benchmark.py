@@ -2,6 +2,7 @@
 """The benchmark: entries, isolation, resuming, tables, and the whole command on the generated data."""
 
 import json
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import yaml
 from anomalib.data import ImageBatch
 from anomalib.models import AnomalibModule, Padim
 from anomalib.models.components import TimmFeatureExtractor
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from anomalib_intra import InTra, cli
@@ -22,7 +24,7 @@ from anomalib_intra.benchmark.evaluation import evaluator
 from anomalib_intra.benchmark.job import BenchmarkRun, BenchmarkRuns
 from anomalib_intra.benchmark.page import write_page
 from anomalib_intra.benchmark.published import OBJECTS, TEXTURES, published
-from anomalib_intra.benchmark.runs import build_datamodule, build_model, parse
+from anomalib_intra.benchmark.runs import build_datamodule, build_model, look_at_images, parse
 from anomalib_intra.benchmark.tables import comparison, published_means
 
 from ..conftest import CONFIGS, TINY, InThisProcess
@@ -115,6 +117,44 @@ def test_every_model_gets_the_same_split() -> None:
     assert build_datamodule(entry, seed=3).seed == 3
     assert build_datamodule({**entry, "init_args": {"seed": 5, **from_train}}, seed=3).seed == 5
     assert build_datamodule({"class_path": "anomalib_intra.MVTec"}, seed=3).seed == 0  # a fixed choice of its own
+
+
+def own_images(root: Path, **folders: str) -> dict:
+    given = {"name": "mine", "root": str(root), "normal_dir": "train/good", "val_split_mode": "from_train", **folders}
+    return {"class_path": "anomalib.data.Folder", "init_args": {**given, "num_workers": 0}}
+
+
+def test_images_that_would_give_wrong_figures_are_refused_whatever_the_model(few_root: Path, tmp_path: Path) -> None:
+    config = {"seed": 1, "data": own_images(few_root / "weave")}
+    with pytest.raises(ValueError, match="test images of mine are all normal, so there is nothing to measure"):
+        look_at_images(config)
+    shutil.copytree(few_root / "weave", tmp_path / "weave")
+    config["data"] = own_images(tmp_path / "weave", abnormal_dir="test/hole")
+    look_at_images(config)
+    file = next((tmp_path / "weave/train/good").iterdir())
+    Image.new("I;16", (128, 128)).save(file)
+    with pytest.raises(ValueError, match=f"{file} has values of more than 8 bits"):
+        look_at_images(config)
+
+
+def test_a_row_of_other_images_does_not_count(few_root: Path, tmp_path: Path) -> None:
+    shutil.copytree(few_root / "weave", tmp_path / "weave")
+    data = own_images(tmp_path / "weave", abnormal_dir="test/hole", normal_test_dir="test/good")
+
+    def run() -> BenchmarkRun:
+        (one,) = runs_of(tmp_path / "results", data=data)
+        return one
+
+    run().folder.mkdir(parents=True)
+    run()._store({}, "")
+    assert run().is_done
+    good, bad = (next((tmp_path / "weave/test" / kind).iterdir()) for kind in ("good", "hole"))
+    sorted_anew = good.rename(bad.with_name("sorted_anew.png"))
+    assert run().row is None
+    sorted_anew.rename(good)
+    assert run().is_done
+    shutil.rmtree(tmp_path / "weave")
+    assert run().is_done  # they lie on another machine
 
 
 def test_validation_on_test_images_is_refused() -> None:

@@ -462,6 +462,26 @@ def test_masks_in_shades_of_grey_are_named(
     assert [[int(number) for number in match.groups()] for match in found if match] == expected
 
 
+def test_masks_with_transparency_are_refused(model: InTra, tmp_path: Path) -> None:
+    datamodule = parts(tmp_path, (64, 96))
+    Image.new("RGBA", (96, 64), (255, 255, 255, 0)).save(tmp_path / "masks/1.png")
+    with pytest.raises(ValueError, match=r"1\.png is a mask with transparency, which is not read"):
+        tiny_engine(tmp_path / "r").test(model, datamodule=datamodule)
+
+
+@pytest.mark.parametrize(("colour", "said"), [("white", "100% not black"), ("black", "all black"), (None, "")])
+def test_masks_that_may_be_the_other_way_round_are_named(
+    model: InTra, tmp_path: Path, colour: str | None, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    datamodule = parts(tmp_path, (64, 96))
+    if colour:
+        Image.new("L", (96, 64), colour).save(tmp_path / "masks/0.png")
+    tiny_engine(tmp_path / "r").test(model, datamodule=datamodule)
+    of_masks = [message for message in caplog.messages if "exchange the two if masks" in message]
+    assert len(of_masks) == bool(said)
+    assert all(f"0.png is {said}" in message for message in of_masks)
+
+
 def test_more_or_fewer_masks_than_bad_images_are_counted_on_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

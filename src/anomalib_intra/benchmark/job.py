@@ -21,7 +21,7 @@ from pandas import DataFrame
 from rich import print as rich_print
 from rich.markup import escape
 
-from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, measure, model_class, parse
+from anomalib_intra.benchmark.runs import MODEL_KEYS, build_datamodule, images_of, measure, model_class, parse
 from anomalib_intra.training.atomic_file import write_atomically
 
 _KEYS = {"seed", "model", "data", "image_size"}
@@ -34,7 +34,8 @@ class BenchmarkRun(Job):
 
     The process makes the peak memory that of this run alone, and a run that crashes leaves the others in peace. The
     result is one row, kept as ``row.json`` in the run's folder; a run whose row is there is not run again, unless its
-    settings have changed or it failed. Nobody sees whether the code behind it has changed: delete the folder then.
+    settings or images have changed or it failed. Nobody sees whether the code behind it has changed: delete the folder
+    then.
 
     Args:
         config (dict): ``model``, ``data``, ``seed`` and ``image_size`` of the run.
@@ -56,12 +57,18 @@ class BenchmarkRun(Job):
 
     @property
     def row(self) -> dict[str, Any] | None:
-        """The row of this run with these settings, or None if it was not run yet."""
+        """The row of this run with these settings and images, or None if it was not run yet."""
         try:
             stored = json.loads((self.folder / "row.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
-        return stored["row"] if stored["config"] == self.config else None
+        # Rows of before do not tell, nor do images that lie on another machine.
+        images = (stored.get("images"), self._images)
+        return stored["row"] if stored["config"] == self.config and (None in images or len({*images}) == 1) else None
+
+    @property
+    def _images(self) -> str | None:
+        return images_of(json.dumps(self.config["data"], sort_keys=True), self.seed)
 
     @property
     def is_done(self) -> bool:
@@ -154,8 +161,8 @@ class BenchmarkRun(Job):
     def _store(self, measured: dict[str, Any], error: str) -> None:
         pretrained = self.config["model"].get("pretrained") or _pretrained(self.config["model"])
         head = {"model": self.model, "category": self.category, "seed": self.seed, "pretrained": pretrained}
-        text = json.dumps({"config": self.config, "row": {**head, **measured, "error": error}}, indent=1)
-        write_atomically(self.folder / "row.json", text)
+        stored = {"config": self.config, "images": self._images, "row": {**head, **measured, "error": error}}
+        write_atomically(self.folder / "row.json", json.dumps(stored, indent=1))
 
     @staticmethod
     def collect(results: list[dict[str, Any]]) -> DataFrame:
@@ -204,6 +211,7 @@ class BenchmarkRuns(JobGenerator):
             ValueError: If an entry is wrong, there is none, or two runs have the same name.
         """
         del prev_stage_result
+        images_of.cache_clear()  # they may have changed since the last benchmark of this process
         args = {"seed": 42, "image_size": [256, 256], **(args or {})}
         size = args.pop("image_size")  # a category called grid would make it a grid
         configs = list(get_iterator_from_grid_dict(args))

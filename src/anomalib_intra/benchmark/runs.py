@@ -1,25 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run of the benchmark: a model is built, trained, tested and timed."""
 
+import hashlib
+import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from anomalib.data import AnomalibDataModule
+from anomalib.data import AnomalibDataModule, AnomalibDataset
 from anomalib.data.utils import ValSplitMode
 from anomalib.engine import Engine
 from anomalib.models import AnomalibModule
 from anomalib.models.components import TimmFeatureExtractor
 from jsonargparse import ArgumentParser
 from lightning import seed_everything
+from torch.utils.data import DataLoader
 
 from anomalib_intra.benchmark.evaluation import METRICS, evaluator
 from anomalib_intra.benchmark.machine import device_name, peak_memory_mib, wait_for
+from anomalib_intra.data.image_files import check_image_files, fingerprint
 from anomalib_intra.data.normal_images import SPLITS_FROM_TEST
 
 #: Keys of a model's entry beside those of every anomalib config.
@@ -181,6 +186,54 @@ def _load_backbone(model: AnomalibModule, path: Path) -> None:
     backbone.load_state_dict({key: given[key] for key in needed})
 
 
+def look_at_images(config: dict[str, Any]) -> None:
+    """Refuse images that would give wrong figures, as a training of this package does, whatever the model.
+
+    Args:
+        config (dict): As for :func:`measure`.
+
+    Raises:
+        ValueError: If files cannot be used, or the test has no normal or no anomalous image.
+    """
+    datamodule = build_datamodule(config["data"], config["seed"])
+    datamodule.prepare_data()
+    datamodule.setup()
+    splits = _splits(datamodule)
+    check_image_files([DataLoader(split) for split in splits])
+    test = splits[-1]
+    if not (test.has_normal and test.has_anomalous):
+        msg = (
+            f"The test images of {datamodule.name} are all {'normal' if test.has_normal else 'anomalous'}, so there is "
+            "nothing to measure: a benchmark needs some of both (of a Folder, in normal_dir and abnormal_dir)."
+        )
+        raise ValueError(msg)
+
+
+@cache
+def images_of(data: str, seed: int) -> str | None:
+    """Tell the images of a run from others, by their names, sizes and splits.
+
+    Args:
+        data (str): The entry of the datamodule, as JSON.
+        seed (int): Seed of random splits.
+
+    Returns:
+        str | None: Hexadecimal digits; None where they are not on this machine.
+    """
+    try:
+        datamodule = build_datamodule(json.loads(data), seed)
+        datamodule.setup()
+        splits = _splits(datamodule)
+        bad = int(splits[-1].samples["label_index"].sum())
+        return hashlib.sha256(repr([bad, *map(fingerprint, splits)]).encode()).hexdigest()
+    except Exception:  # datamodules have many ways to say that there are none
+        return None
+
+
+def _splits(datamodule: AnomalibDataModule) -> list[AnomalibDataset]:
+    return [getattr(datamodule, f"{split}_data") for split in ("train", "val", "test")]
+
+
 def measure(
     config: dict[str, Any], folder: Path, accelerator: str = "auto", devices: str | list[int] = "auto"
 ) -> dict[str, Any]:
@@ -198,6 +251,7 @@ def measure(
         workers or, on CUDA, of the device), ``parameters``, ``epochs``, ``steps`` and ``device`` (the name of card or
         processor).
     """
+    look_at_images(config)
     seed_everything(config["seed"], workers=True)
     model = build_model(config["model"], tuple(config["image_size"]))
     datamodule = build_datamodule(config["data"], config["seed"])

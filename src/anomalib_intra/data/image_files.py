@@ -43,6 +43,9 @@ _MOST_SHADES = 8
 #: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
 _SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
 
+#: Share of an image that a mask may mark before a warning.
+_MOST_ANOMALOUS = 0.6
+
 #: Sizes that are proposed are multiples of this, which all models take.
 _STEP = 16
 
@@ -65,7 +68,8 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None, t
       exported models read them the same way; only images that are not would have to be turned;
     - a warning tells of TIFF files of which only a part is read, of image files of other kinds beside those that are
       read, and of 16 bits per colour that are nearly black when read;
-    - a warning tells of shapes that are squeezed to another, and of masks in shades of grey.
+    - masks with transparency are refused: where it is, they would be read as any colour;
+    - a warning tells of shapes that are squeezed to another, and of masks in shades of grey, all black or mostly white.
 
     Headers and checksums are read, about 1 ms a file; only formats without either (and JPEG files with something behind
     their end) are decoded, and the first mask.
@@ -101,7 +105,7 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None, t
             logger.warning(f"%d of %d images {words}", len(odd), len(files), odd[0])
     _warn_of_dark_depths(looks)
     _warn_of_files_passed_over(looks)
-    _warn_of_grey_masks([mask_path for _, mask_paths in files for mask_path in mask_paths])
+    _warn_of_odd_masks([mask_path for _, mask_paths in files for mask_path in mask_paths])
     if resized_to is not None:
         _warn_of_shapes(looks, *resized_to, turned)
 
@@ -350,11 +354,19 @@ def _warn_of_files_passed_over(looks: list[_Look]) -> None:
         )
 
 
-def _warn_of_grey_masks(mask_paths: list[str]) -> None:
+def _warn_of_odd_masks(mask_paths: list[str]) -> None:
     if not mask_paths:
         return
     with Image.open(mask_paths[0]) as image:  # one tells of all: decoding takes long
         shades = image.convert("L").histogram()
+    anomalous = sum(shades[1:]) / sum(shades)
+    if not 0 < anomalous <= _MOST_ANOMALOUS:
+        logger.warning(
+            "Masks are white where an image is anomalous, and black elsewhere, but %s is %s: exchange the two if masks "
+            "are the other way round.",
+            mask_paths[0],
+            f"{anomalous:.0%} not black" if anomalous else "all black",
+        )
     if sum(count > 0 for count in shades) > _MOST_SHADES:
         logger.warning(
             "Masks have shades of grey, as JPEG files and smooth edges do, and every pixel that is not black counts as "
@@ -410,6 +422,9 @@ def _check_masks(image: _Look, mask_paths: list[str]) -> None:
                 f"{mask.path} is a mask of {mask.size[1]} x {mask.size[0]} pixels (height x width) for an image of "
                 f"{image.size[1]} x {image.size[0]}, {image.path}: give both the same size"
             )
+            raise _UnusableFileError(msg)
+        if "alpha" in mask.oddities:
+            msg = f"{mask.path} is a mask with transparency, which is not read: save it in black and white, without it"
             raise _UnusableFileError(msg)
         if 1 in mask.size:
             msg = f"{mask.path} is a mask 1 pixel wide or high, which anomalib cannot read: leave its image out"
