@@ -2,6 +2,8 @@
 """What is watched while a model trains: metrics of the validation, callbacks of Lightning, precisions."""
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +26,7 @@ from anomalib_intra.components.batch import UnroundedBatch
 from anomalib_intra.components.trained_module import TrainedModule
 from anomalib_intra.metrics import PSNR
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Fails, tiny_engine, tiny_intra, tiny_one_pass, tiny_riad
 from .test_same_pixels import changed
 
 KINDS = ["InTra", "PatchSVDD"]
@@ -225,6 +227,25 @@ def test_waiting_for_a_validation_loss_that_never_comes_is_refused(demo: MVTecAD
     engine = tiny_engine(tmp_path, limit_val_batches=0, callbacks=[EarlyStopping("val_loss")])
     with pytest.raises(ValueError, match=r"monitors val_loss, .*nothing is validated"):
         engine.fit(build("InTra"), datamodule=demo)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "is_said"),
+    [
+        (tiny_riad, {}, True),
+        (tiny_riad, {"max_time": "00:00:30:00"}, False),
+        (tiny_riad, {"max_steps": 5}, False),
+        (tiny_intra, {}, False),  # it stops early
+        (partial(tiny_one_pass, minutes=30), {}, False),  # it has its minutes
+    ],
+)
+def test_a_training_without_an_end_is_spoken_of(
+    model: Callable, options: dict, is_said: bool, demo: MVTecAD, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = tiny_engine(tmp_path, max_epochs=-1, callbacks=[Fails(at=1)], logger=False, **options)
+    with pytest.raises(ValueError, match="no more"):
+        engine.fit(model(visualizer=False), datamodule=demo)
+    assert ("Nothing ends this training but Ctrl-C" in caplog.text) == is_said
 
 
 @pytest.mark.parametrize("kind", KINDS)

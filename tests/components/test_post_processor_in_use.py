@@ -12,7 +12,7 @@ from anomalib_intra import InTraPostProcessor
 from anomalib_intra.components.anomaly_map import difference_map
 from anomalib_intra.components.batch import InTraBatch
 
-from ..conftest import compared
+from ..conftest import compared, tiny_intra, tiny_one_pass, tiny_riad
 
 
 def calibrated(side=16, image=None, pixel=None, **options):
@@ -258,3 +258,15 @@ def test_a_share_of_the_pixels_is_of_those_the_model_sees(monkeypatch, tmp_path,
     pp.post_process_batch(batch)
     assert batch.anomaly_map.shape[-2:] == (side, side)
     assert float(batch.pred_score) == pytest.approx(0.5)
+
+
+def test_models_may_be_given_the_same_post_processor():
+    given = InTraPostProcessor(image_quantile=0.95)
+    one, other, third = (make(post_processor=given) for make in (tiny_one_pass, tiny_intra, tiny_riad))
+    fresh = tiny_intra(post_processor=InTraPostProcessor(image_quantile=0.95)).post_processor
+    assert other.post_processor.checkpoint_config() == fresh.checkpoint_config()
+    assert other.post_processor.raw_display_scale == fresh.raw_display_scale
+    one.post_processor.set_training_mean(torch.zeros(1, 1, 64, 64))
+    assert one.is_calibrated
+    assert not other.is_calibrated
+    assert third.post_processor.image_quantile == 0.95

@@ -12,6 +12,7 @@ import torch
 from anomalib.data import AnomalibDataModule, MVTecAD
 from anomalib.data.transforms import SquarePad
 from anomalib.data.utils import read_image
+from anomalib.engine import Engine
 from anomalib.pre_processing import PreProcessor
 from lightning.pytorch import Callback, Trainer, seed_everything
 from PIL import Image, ImageOps
@@ -25,9 +26,10 @@ from torchvision.transforms.v2 import (
     RandomHorizontalFlip,
     RandomRotation,
     Resize,
+    Transform,
 )
 
-from anomalib_intra import InTra, PatchSVDD
+from anomalib_intra import InTra, InTraPostProcessor, OnePassInTra, PatchSVDD
 from anomalib_intra.components.calibrated_module import CalibratedModule
 from anomalib_intra.yardsticks import Yardstick
 
@@ -317,3 +319,73 @@ def test_a_transform_that_a_checkpoint_cannot_hold_must_be_given_again(files: di
     )
     assert now.scores == pytest.approx(seen.scores, abs=1e-6)
     shutil.rmtree(tmp_path / "InTra")
+
+
+class Validated(Callback):
+    """Writes down what a validation sees."""
+
+    def __init__(self) -> None:
+        self.images: list[torch.Tensor] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: CalibratedModule, outputs: object, *_: object
+    ) -> None:
+        self.images.append(torch.as_tensor(outputs.image).clone())
+
+
+def test_a_model_without_one_takes_the_pre_processor_of_its_checkpoint_and_another_is_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    def model(*transforms: Transform) -> CalibratedModule:
+        return build(
+            "OnePassInTra", 64, **({"pre_processor": PreProcessor(Compose([*transforms]))} if transforms else {})
+        )
+
+    def engine(epochs: int, *callbacks: Callback) -> Engine:
+        return tiny_engine(tmp_path, max_epochs=epochs, logger=False, callbacks=list(callbacks))
+
+    cropped = (CenterCrop(SIDE), Resize((64, 64)))
+    seen, validated = Seen(), Validated()
+    first = engine(1, seen, validated)
+    first.train(model(*cropped), datamodule=data(files["framed"]))
+    checkpoint = Path(first.best_model_path)
+    for given in ((), cropped):
+        now = Seen()
+        engine(1, now).test(model(*given), datamodule=data(files["framed"]), ckpt_path=checkpoint)
+        assert now.scores == pytest.approx(seen.scores, abs=1e-6)
+        for name, image in seen.images.items():
+            torch.testing.assert_close(now.images[name], image)
+        resumed = Validated()
+        last = checkpoint.with_name("last.ckpt")
+        engine(2, resumed).fit(model(*given), datamodule=data(files["framed"]), ckpt_path=last)
+        for image, before in zip(resumed.images, validated.images, strict=True):
+            torch.testing.assert_close(image, before)
+    with pytest.raises(ValueError, match=r"made with another pre-processor \(CenterCrop.*; here Resize.*: leave"):
+        engine(1).test(model(Resize((64, 64))), datamodule=data(files["framed"]), ckpt_path=checkpoint)
+    assert OnePassInTra.load_from_checkpoint(checkpoint, pre_processor=PreProcessor(Compose([*cropped]))).is_calibrated
+
+
+def test_a_model_that_was_resumed_knows_what_it_was_calibrated_through(files: dict[str, Path], tmp_path: Path) -> None:
+    cropped = data(files["framed"], augmentations=CenterCrop(64))
+    first = tiny_engine(tmp_path, max_epochs=1, logger=False)
+    first.fit(build("OnePassInTra", 64), datamodule=cropped)
+    model = build("OnePassInTra", 64)
+    last = Path(first.best_model_path).with_name("last.ckpt")
+    tiny_engine(tmp_path, max_epochs=2, logger=False).train(model, datamodule=cropped, ckpt_path=last)
+    assert model.calibrated_through == "CenterCrop(size=(64, 64))"
+    assert model._seconds > torch.load(last, weights_only=True)["seconds_trained"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_thresholds_from_images_that_may_have_been_learned_from_are_spoken_of(
+    files: dict[str, Path], tmp_path: Path, seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = tiny_engine(tmp_path, max_epochs=1, logger=False)
+    engine.fit(build("InTra"), datamodule=data(files["plain"]))
+    loaded = InTra.load_from_checkpoint(
+        engine.best_model_path, post_processor=InTraPostProcessor(image_quantile=0.5), visualizer=False
+    )
+    caplog.clear()
+    datamodule = MVTecAD(files["plain"], "weave", num_workers=0, seed=seed, val_split_mode="from_train")
+    tiny_engine(tmp_path, logger=False).test(loaded, datamodule=datamodule)
+    assert ("holds out other images than in the training of this model" in caplog.text) == (seed == 1)

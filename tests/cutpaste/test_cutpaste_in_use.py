@@ -17,7 +17,7 @@ from anomalib.data import ImageBatch
 from anomalib.post_processing import PostProcessor
 from lightning.pytorch import Callback, Trainer, seed_everything
 
-from anomalib_intra import CutPaste, MVTec, TextureDemo, UnsaturatedPostProcessor
+from anomalib_intra import CutPaste, InTraPostProcessor, MVTec, TextureDemo, UnsaturatedPostProcessor
 from anomalib_intra.cutpaste import augmentation
 from anomalib_intra.cutpaste.gaussian import Gaussian, Moments
 from anomalib_intra.cutpaste.torch_model import FEATURE_DIM
@@ -305,8 +305,9 @@ def test_config_holds_the_defaults(tmp_path: Path) -> None:
 
 
 def test_wrong_components_and_arguments_are_refused() -> None:
-    with pytest.raises(TypeError, match="UnsaturatedPostProcessor"):
-        tiny_cutpaste(post_processor=PostProcessor())
+    for other in (PostProcessor(), InTraPostProcessor()):
+        with pytest.raises(TypeError, match="UnsaturatedPostProcessor"):
+            tiny_cutpaste(post_processor=other)
     with pytest.raises(ValueError, match="images_per_step must be a whole number of at least 1"):
         tiny_cutpaste(images_per_step=0)
     with pytest.raises(ValueError, match="at least 64"):

@@ -9,11 +9,14 @@ import pytest
 import torch
 from anomalib.cli.cli import AnomalibCLI
 from anomalib.metrics import AUROC, F1Max
+from anomalib.pre_processing import PreProcessor
 from anomalib.utils.path import create_versioned_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.v2 import Resize
 
+from anomalib_intra import TextureDemo
 from anomalib_intra.training import internals
 from anomalib_intra.training.random_state import random_state, set_random_state
 
@@ -114,6 +117,17 @@ def test_point_latest_to_moves_the_link_that_anomalib_sets_and_makes_none(tmp_pa
     latest.unlink()
     assert not internals.point_latest_to(second)
     assert not latest.exists()
+
+
+def test_resize_as_the_model_does_lets_the_datamodule_ask_anew(few: TextureDemo, tmp_path: Path) -> None:
+    trainer, model = trainer_in(tmp_path), Line()
+    trainer.datamodule, few.trainer = few, trainer
+    trainer.strategy.connect(model)
+    few.setup("test")
+    assert few.test_data.augmentations is None
+    model.pre_processor = PreProcessor(Resize((8, 8)))
+    internals.resize_as_the_model_does(trainer)
+    assert few.test_data.augmentations.size == [8, 8]
 
 
 def test_trainer_of_finds_a_trainer_or_none(tmp_path: Path) -> None:

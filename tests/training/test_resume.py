@@ -19,16 +19,24 @@ import pytest
 import torch
 from anomalib.callbacks import ModelCheckpoint
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningCheckpoint
+from lightning.pytorch.callbacks import OnExceptionCheckpoint
 from torch import nn
 
 from anomalib_intra import InTra, TextureDemo
 from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.training import checkpoints as checkpoints_module
 from anomalib_intra.training.callbacks import FiniteLoss
-from anomalib_intra.training.checkpoints import AtomicCheckpointIO, BestCheckpoint, LastCheckpoint, keep_last_and_best
+from anomalib_intra.training.checkpoints import (
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    LastCheckpoint,
+    keep_last_and_best,
+    keeper_of_the_best,
+)
 from anomalib_intra.training.random_state import random_state, set_random_state
 
-from ..conftest import tiny_engine, tiny_intra, tiny_one_pass, tiny_riad
+from ..conftest import tiny_cutpaste, tiny_engine, tiny_intra, tiny_one_pass, tiny_riad
 
 RUN = "InTra/TextureDemo/weave"
 LAST = "weights/lightning/last.ckpt"
@@ -139,6 +147,31 @@ def test_a_run_goes_on_with_the_learning_rate_that_is_asked_for(
         again.fit(make(learning_rate=rate, visualizer=False), datamodule=few, ckpt_path=last)
         of_first_step.append(rates.seen)
     assert of_first_step[1] == pytest.approx([rate / 10 for rate in of_first_step[0]])
+
+
+def test_with_another_loss_the_best_epoch_is_sought_anew(few: TextureDemo, tmp_path: Path, caplog) -> None:
+    engine = tiny_engine(tmp_path, max_epochs=2, logger=False)
+    engine.fit(tiny_one_pass(), datamodule=few)
+    last = Path(engine.best_model_path).with_name("last.ckpt")
+    epochs = []
+    for alpha in (0.01, 10.0):
+        again = tiny_engine(tmp_path, max_epochs=4, logger=False)
+        again.fit(tiny_one_pass(alpha=alpha, learning_rate=0.0), datamodule=few, ckpt_path=last)
+        epochs.append(int(torch.load(again.best_model_path, weights_only=True)["epoch"]))
+        assert ("the best epoch is sought anew" in caplog.text) == (alpha == 10)
+    assert epochs[0] < 2 <= epochs[1]
+
+
+def test_early_stopping_waits_as_long_as_it_is_told_when_a_run_goes_on(few: TextureDemo, tmp_path: Path) -> None:
+    def run(patience: int, last: Path | None = None) -> tuple[int, Path]:
+        engine = tiny_engine(tmp_path, max_epochs=6, logger=False)
+        model = tiny_intra(patience=patience, learning_rate=0.5, windows_per_image=1)
+        engine.fit(model, datamodule=few, ckpt_path=last)
+        return model.current_epoch, Path(engine.best_model_path).with_name("last.ckpt")
+
+    stopped_after, last = run(1)
+    assert stopped_after < 6
+    assert run(50, last)[0] == 6
 
 
 @pytest.mark.parametrize(
@@ -442,10 +475,10 @@ def test_the_engines_own_checkpoint_is_exchanged_and_one_that_is_not_recognised_
     trainer = trainer_with(tmp_path)
     assert [type(one) for one in keep_last_and_best(trainer, best=True)] == [BestCheckpoint, LastCheckpoint]
     assert trainer.callbacks == []
-    for own in ({"monitor": "val_loss"}, {"dirpath": tmp_path / "elsewhere", "filename": "last-epoch"}):
-        assert keep_last_and_best(trainer_with(tmp_path, **own), best=True) == []
+    assert keep_last_and_best(trainer_with(tmp_path, monitor="val_loss"), best=True) == []
     assert not caplog.records
-    for other in ({"filename": "last-epoch"}, {"dirpath": None, "filename": None}):
+    for other in ({"filename": "last-epoch"}, {"dirpath": None, "filename": None}, {"dirpath": tmp_path / "mine"}):
+        other = {"filename": "each", **other}
         assert keep_last_and_best(trainer_with(tmp_path, **other), best=False) == []
         assert not caplog.records  # the last epoch is what is to be kept
         assert keep_last_and_best(trainer_with(tmp_path, **other), best=True) == []
@@ -458,6 +491,24 @@ def test_the_engines_own_checkpoint_stays_where_the_last_epoch_is_to_be_kept(tmp
     (last,) = keep_last_and_best(trainer, best=False)
     assert isinstance(last, LastCheckpoint)
     assert [type(one) for one in trainer.callbacks] == [ModelCheckpoint]
+
+
+@pytest.mark.parametrize("model", [tiny_intra, tiny_cutpaste])
+def test_snapshots_beside_the_engines_checkpoint_change_nothing(
+    model: Callable, few: TextureDemo, tmp_path: Path
+) -> None:
+    outcomes = []
+    every_other = LightningCheckpoint(tmp_path / "all", save_top_k=-1, every_n_epochs=2)
+    for snapshots in ([], [OnExceptionCheckpoint(tmp_path / "failed"), every_other]):
+        seed_everything(5)
+        engine = tiny_engine(tmp_path / f"{len(snapshots)}", max_epochs=3, logger=False, callbacks=snapshots)
+        trained = model(visualizer=False, learning_rate=0.5)  # painted worse from epoch to epoch
+        engine.fit(trained, datamodule=few)
+        kept = Path(keeper_of_the_best(engine.trainer).best_model_path)
+        assert kept.with_name("last.ckpt").is_file()
+        place = kept.relative_to(engine.trainer.default_root_dir)
+        outcomes.append((place, torch.load(kept, weights_only=True)["epoch"]))
+    assert outcomes[0] == outcomes[1]
 
 
 def test_the_engine_of_this_version_is_recognised(demo_root: Path, tmp_path: Path, caplog) -> None:

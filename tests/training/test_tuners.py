@@ -37,6 +37,24 @@ def train(make: Callable, root: Path, demo_root: Path, *finders: Callback, **arg
     return model, losses, engine
 
 
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_run_that_goes_on_keeps_the_rate_that_was_found(few: TextureDemo, tmp_path: Path, validated: bool) -> None:
+    def finder() -> LearningRateFinder:
+        return LearningRateFinder(min_lr=1e-4, max_lr=1e-2, num_training_steps=15, early_stop_threshold=None)
+
+    options = {"logger": False, **({} if validated else {"limit_val_batches": 0})}
+    first, engine = tiny_one_pass(), tiny_engine(tmp_path, max_epochs=2, callbacks=[finder()], **options)
+    engine.fit(first, datamodule=few)
+    last = next((Path(engine.trainer.default_root_dir) / "weights" / "lightning").glob("last.ckpt"))
+    losses, other = Losses(), finder()
+    engine = tiny_engine(tmp_path, max_epochs=3, callbacks=[losses, other], **options)
+    model = tiny_one_pass()
+    engine.fit(model, datamodule=few, ckpt_path=last)
+    assert other.optimal_lr is None
+    assert model.learning_rate == first.learning_rate != tiny_one_pass().learning_rate
+    assert len(losses.seen) == engine.trainer.global_step / 3  # one epoch of three
+
+
 @pytest.mark.parametrize(
     ("make", "has_schedule"), [(tiny_intra, False), (tiny_one_pass, True), (tiny_riad, True), (small_svdd, False)]
 )

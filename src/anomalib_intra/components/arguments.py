@@ -2,7 +2,7 @@
 """Arguments of models and post-processors: what is refused, what was asked for, what was left to the defaults."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import Parameter, signature
 from numbers import Integral
 from typing import Any
@@ -134,3 +134,34 @@ def with_defaults(kind: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
     parameters = signature(kind).parameters.values()
     defaults = {one.name: one.default for one in parameters if one.default is not Parameter.empty}
     return {**defaults, **arguments}
+
+
+def differing(names: Iterable[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    """Find the arguments whose values differ.
+
+    Args:
+        names (Iterable[str]): Arguments to look at.
+        saved (Mapping[str, Any]): Their values in a checkpoint.
+        present (Mapping[str, Any]): Their values here.
+
+    Returns:
+        list[str]: Those that are in both and differ.
+
+    Example:
+        >>> differing(["size", "depth"], {"size": [64, 64], "depth": 4}, {"size": (64, 64), "depth": 6})
+        ['depth']
+    """
+    known = (name for name in names if name in saved and name in present)
+    return [name for name in known if plain(saved[name]) != plain(present[name])]
+
+
+def plain(value: Any) -> Any:
+    """Give a list of a config or a checkpoint as the tuple that it stands for; other values as they are.
+
+    Args:
+        value (Any): Value of an argument.
+
+    Returns:
+        Any: The value.
+    """
+    return tuple(value) if isinstance(value, list) else value

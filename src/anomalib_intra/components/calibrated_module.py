@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the models of this package need before they score images: numbers from normal images, with the final weights."""
 
+import copy
 import logging
 from abc import abstractmethod
 from typing import Any
@@ -22,6 +23,7 @@ from anomalib_intra.components.checkpoint_fit import HOW_TO_SET_THRESHOLDS
 from anomalib_intra.components.evaluator import selective
 from anomalib_intra.components.export import CompleteExport
 from anomalib_intra.components.pre_processor import UnnormalizedPreProcessor, refuse_unfit
+from anomalib_intra.components.reconstruction_post_processor import InTraPostProcessor
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.folders import refuse_contradictory, warn_of_folders
@@ -31,6 +33,7 @@ from anomalib_intra.data.normal_images import NormalImages
 from anomalib_intra.data.pipeline import datasets_of, described, parts_of, refuse_random, transform_of
 from anomalib_intra.data.samples import Prepared
 from anomalib_intra.training.command_line import command_line
+from anomalib_intra.training.internals import resize_as_the_model_does, trainer_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,8 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     Args:
         image_size (tuple[int, int]): Height and width to which images are resized.
         pre_processor (PreProcessor | bool): True resizes to ``image_size``; False expects images of that size.
-        **components (Any): Post-processor, evaluator and visualizer, as for ``AnomalibModule``.
+        **components (Any): Post-processor, evaluator and visualizer, as for ``AnomalibModule``. Of a post-processor, a
+            copy is taken: models may be given the same one.
 
     Raises:
         ValueError: If the pre-processor normalizes, is random, or leaves another number of channels than 3.
@@ -68,14 +72,19 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             self.pre_processor = UnnormalizedPreProcessor(self.pre_processor.transform)
         elif self.pre_processor is not None:
             refuse_unfit(self.pre_processor)
-        if not isinstance(self.post_processor, self.post_processor_kind):
+        needs_maps = isinstance(self.post_processor, InTraPostProcessor)  # of differences, which not all models have
+        kind = self.post_processor_kind
+        if not isinstance(self.post_processor, kind) or (needs_maps and not issubclass(kind, InTraPostProcessor)):
             msg = (
                 f"{self.name} needs post_processor=True or this package's {self.post_processor_kind.__name__} (with "
-                "enable_normalization=False for raw scores): that of anomalib clamps scores, which moves AUROC. On a "
+                "enable_normalization=False for raw scores): that of anomalib clamps scores, which moves AUROC, and "
+                "InTraPostProcessor is for reconstructions. On a "
                 f"command line: --model.post_processor anomalib_intra.{self.post_processor_kind.__name__}, before its "
                 "arguments."
             )
             raise TypeError(msg)
+        self.post_processor = copy.deepcopy(self.post_processor)
+        self._asks_for_pre_processor = pre_processor is not True
         if isinstance(self.evaluator, Evaluator):
             self.evaluator = selective(self.evaluator)
         self.image_size = image_size
@@ -423,9 +432,29 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         checkpoint["calibrated_through"] = self.calibrated_through
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore it; checkpoints of before do not have it."""
+        """Restore it, and the pre-processor; checkpoints of before do not have it.
+
+        Raises:
+            ValueError: If another pre-processor was asked for.
+        """
+        here = self._pre_processor_in_words
         super().on_load_checkpoint(checkpoint)
         self.calibrated_through = checkpoint.get("calibrated_through")
+        restored = self._pre_processor_in_words
+        if here != restored and self._asks_for_pre_processor:
+            msg = (
+                f"The checkpoint was made with another pre-processor ({restored or 'none'}; here {here or 'none'}): "
+                "leave pre_processor out, which takes that of the checkpoint, or train anew, without a checkpoint."
+            )
+            raise ValueError(msg)
+        trainer = trainer_of(self)
+        if here != restored and trainer is not None:
+            resize_as_the_model_does(trainer)
+
+    @property
+    def _pre_processor_in_words(self) -> str:
+        # A checkpoint has lists where tuples were.
+        return described(getattr(self.pre_processor, "transform", None)).replace("[", "(").replace("]", ")")
 
 
 def has_validation_images(datamodule: Any) -> bool:

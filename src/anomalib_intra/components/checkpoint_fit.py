@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from anomalib_intra.components.arguments import with_defaults
+from anomalib_intra.components.arguments import differing, plain, with_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,12 @@ def check_architecture(model: str, names: Sequence[str], saved: Mapping[str, Any
         ValueError: The checkpoint is of another InTra, with depth=13 (here 4): build the model with the checkpoint's \
 values, or use InTra.load_from_checkpoint without them.
     """
-    differing = [
-        f"{name}={_plain(saved[name])!r} (here {_plain(present[name])!r})" for name in _differing(names, saved, present)
+    others = [
+        f"{name}={plain(saved[name])!r} (here {plain(present[name])!r})" for name in differing(names, saved, present)
     ]
-    if differing:
+    if others:
         msg = (
-            f"The checkpoint is of another {model}, with {', '.join(differing)}: build the model with the checkpoint's "
+            f"The checkpoint is of another {model}, with {', '.join(others)}: build the model with the checkpoint's "
             f"values, or use {model}.load_from_checkpoint without them."
         )
         raise ValueError(msg)
@@ -110,52 +110,8 @@ def not_given(kind: type, names: Iterable[str], saved: Mapping[str, Any], given:
     default = with_defaults(kind, {})
     if _of_another_class(saved, default):
         return {}  # which is refused where it is loaded
-    asked = _differing(names, default, given)
-    return {name: saved[name] for name in _differing(names, saved, given) if name not in asked}
-
-
-def tell_what_changed(saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Tell which arguments a training that goes on has now, where they are not those that it began with.
-
-    Those that hold a component, not a plain value, are passed over.
-
-    Args:
-        saved (Mapping[str, Any]): Arguments of the model that was saved.
-        present (Mapping[str, Any]): Arguments of the model that goes on.
-    """
-    plain = bool | int | float | str | None
-    changed = [
-        f"{name}={present[name]!r} (until now {saved[name]!r})"
-        for name in _differing(present, saved, present)
-        if isinstance(present[name], plain) and isinstance(saved[name], plain)
-    ]
-    if changed:
-        logger.warning(
-            "The training goes on with %s. To go on as it began, give the arguments that it began with.",
-            ", ".join(changed),
-        )
-
-
-def set_learning_rate(checkpoint: dict[str, Any], saved: float, present: float) -> None:
-    """Let a training go on with another learning rate than is in its checkpoint, where all rates are shares of one.
-
-    Args:
-        checkpoint (dict[str, Any]): The checkpoint, whose optimizers and schedules are changed in place.
-        saved (float): The learning rate it began with.
-        present (float): The learning rate it goes on with.
-
-    Example:
-        >>> checkpoint = {"optimizer_states": [{"param_groups": [{"lr": 1e-3}, {"lr": 5e-4}]}]}
-        >>> set_learning_rate(checkpoint, 2e-3, 1e-3)
-        >>> checkpoint["optimizer_states"][0]["param_groups"]
-        [{'lr': 0.0005}, {'lr': 0.00025}]
-    """
-    factor = present / saved
-    for group in (group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]):
-        group.update({name: factor * group[name] for name in ("lr", "initial_lr") if name in group})
-    for schedule in checkpoint.get("lr_schedulers", []):
-        names = [name for name in ("base_lrs", "_last_lr") if name in schedule]
-        schedule.update({name: [factor * rate for rate in schedule[name]] for name in names})
+    asked = differing(names, default, given)
+    return {name: saved[name] for name in differing(names, saved, given) if name not in asked}
 
 
 def forget_stale_calibration(
@@ -188,12 +144,3 @@ def forget_stale_calibration(
 def _of_another_class(saved: Iterable[str], arguments: Collection[str]) -> list[str]:
     """Arguments that the model does not take; Lightning's own begin with an underscore."""
     return [name for name in saved if name not in arguments and not name.startswith("_")]
-
-
-def _differing(names: Iterable[str], saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
-    known = (name for name in names if name in saved and name in present)
-    return [name for name in known if _plain(saved[name]) != _plain(present[name])]
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

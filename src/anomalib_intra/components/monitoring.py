@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run can monitor while it trains, said when it starts and not when the first epoch is over."""
+"""What a run can monitor while it trains, and whether it ends, said when it starts and not when it is late."""
 
 import logging
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 from anomalib_intra.components.evaluator import SelectiveEvaluator
 
@@ -21,6 +22,20 @@ def validates(trainer: Trainer) -> bool:
         bool: False where no images are validated, or nothing is logged.
     """
     return trainer.limit_val_batches != 0 and not trainer.barebones
+
+
+def has_an_end(trainer: Trainer) -> bool:
+    """Tell whether anything ends a training: epochs, steps, a time, or early stopping.
+
+    Args:
+        trainer (Trainer): The trainer.
+
+    Returns:
+        bool: False where it would go on until it is stopped by hand.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
+    is_counted = trainer.max_epochs not in (None, -1) or trainer.max_steps != -1
+    return is_counted or any(isinstance(callback, EarlyStopping | Timer) for callback in callbacks)
 
 
 def agree_on_metrics(trainer: Trainer, evaluator: Any, scored: bool) -> None:

@@ -19,18 +19,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint, Timer
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from anomalib_intra.components.arguments import with_defaults
+from anomalib_intra.components.arguments import differing, with_defaults
 from anomalib_intra.components.calibrated_module import CalibratedModule, has_validation_images
-from anomalib_intra.components.checkpoint_fit import (
-    check_architecture,
-    check_class,
-    forget_stale_calibration,
-    set_learning_rate,
-    tell_what_changed,
-)
+from anomalib_intra.components.checkpoint_fit import check_architecture, check_class, forget_stale_calibration
 from anomalib_intra.components.evaluator import SelectiveEvaluator
-from anomalib_intra.components.monitoring import agree_on_metrics, validates
+from anomalib_intra.components.monitoring import agree_on_metrics, has_an_end, validates
 from anomalib_intra.components.pre_processor import OnImagesOnly
+from anomalib_intra.components.resume import keep_patience, seek_best_anew, set_learning_rate, tell_what_changed
 from anomalib_intra.data.image_files import fingerprint
 from anomalib_intra.data.normal_images import NormalImages, Share, shared_loader
 from anomalib_intra.data.samples import SampleLoader
@@ -97,6 +92,9 @@ class TrainedModule(CalibratedModule):
     #: The arguments that decide the shape of the weights, or what they mean.
     architecture: ClassVar[tuple[str, ...]] = ("image_size",)
 
+    #: The arguments that the validation loss depends on.
+    validated_with: ClassVar[tuple[str, ...]] = ()
+
     #: Whether the outcome of a training is the epoch with the lowest validation loss, not the last one.
     keeps_best: ClassVar[bool] = False
 
@@ -126,6 +124,11 @@ class TrainedModule(CalibratedModule):
     @abstractmethod
     def sampling(self) -> Sampling:
         """What the model trains on."""
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether a training comes to an end that the trainer does not know of."""
+        return False
 
     @abstractmethod
     def reset_parameters(self) -> None:
@@ -224,7 +227,13 @@ class TrainedModule(CalibratedModule):
         val_loader = validation.dataloader() if has_some else None
         wants_scores = isinstance(self.evaluator, SelectiveEvaluator) and self.evaluator.wants_scores
         self._images = self._sort_out(training.dataloader(), val_loader, wants_scores)
-        self._compare_images(fingerprint(self._images.training.dataset))
+        trained_on = fingerprint(self._images.training.dataset)
+        if self._trained_on not in (None, trained_on) and self.trainer.is_global_zero:
+            logger.warning(
+                "The training goes on with other images than it had until now. Those that set the thresholds may have "
+                "been learned from: give the data that it began with, or train anew, without a checkpoint."
+            )
+        self._trained_on = trained_on
         self._scores_validation = wants_scores and self._images.anomalies_held_out and validates(self.trainer)
         agree_on_metrics(self.trainer, self.evaluator, self._scores_validation)
         if self._scores_validation:
@@ -245,19 +254,16 @@ class TrainedModule(CalibratedModule):
             self.trainer.global_rank,
             self.trainer.world_size,
         )
+        if not self.ends_by_itself and not has_an_end(self.trainer) and self.trainer.is_global_zero:
+            logger.warning(
+                "Nothing ends this training but Ctrl-C, after which its checkpoints score no images: give "
+                "--trainer.max_epochs, or --trainer.max_time 00:00:30:00 for half an hour."
+            )
         training.instance = self._loader
         validation.instance = self._images.held_out
         self._first_epoch = self.current_epoch
         self.get_ready()
         self._finders.run(self.trainer, self)
-
-    def _compare_images(self, trained_on: str) -> None:
-        if self._trained_on not in (None, trained_on) and self.trainer.is_global_zero:
-            logger.warning(
-                "The training goes on with other images than it had until now. Those that set the thresholds may have "
-                "been learned from: give the data that it began with, or train anew, without a checkpoint."
-            )
-        self._trained_on = trained_on
 
     def get_ready(self) -> None:
         """Compute what a model needs before its first step; the loaders are there."""
@@ -347,6 +353,20 @@ class TrainedModule(CalibratedModule):
             self.evaluator.do_without([])
         # Loaders of a run that is over must not travel with a model that is copied or exported.
         self._images = self._loader = None
+
+    def calibrate(self, images: NormalImages) -> None:
+        """Say so if some of the images that set the thresholds may have been learned from; then calibrate.
+
+        Args:
+            images (NormalImages): The loaders of the run.
+        """
+        is_other = self._trained_on not in (None, fingerprint(images.training.dataset))
+        if is_other and self.trainer.is_global_zero:
+            logger.warning(
+                "The datamodule holds out other images than in the training of this model, which may have learned from "
+                "those that set its thresholds: give the datamodule the images, and the seed, of that training."
+            )
+        super().calibrate(images)
 
     def _outcome(self, kept: Any) -> tuple[str, dict[str, Any]]:
         """Give the file that the model is kept in, and what it holds; nothing where none is to be kept."""
@@ -504,20 +524,14 @@ class TrainedModule(CalibratedModule):
         check_class(self.name, signature(type(self)).parameters, checkpoint, weights)
         saved, present = self.completed(checkpoint.get("hyper_parameters", {})), self.completed(self.hparams)
         check_architecture(self.name, self.architecture, saved, present)
-        self._forget_stale_calibration(checkpoint)
-        super().on_load_checkpoint(checkpoint)
         trainer = trainer_of(self)
-        if trainer is not None and trainer.state.fn == "fit":
-            # The run goes on. A model that is only loaded is trained anew, on other samples.
-            if trainer.is_global_zero:
-                tell_what_changed(saved, present)
-            if saved.get("learning_rate") and not command_line(self).get("optimizer"):  # which has a rate of its own
-                set_learning_rate(checkpoint, saved["learning_rate"], present["learning_rate"])
-            self._sample_seed = checkpoint.get("draw_seed")
-            self._trained_on = checkpoint.get("trained_on")
-            self._random_state = checkpoint.get("random_state")
         if not self._keep_what_was_trained(checkpoint):
             self.loaded_from = str(trainer.ckpt_path) if trainer is not None else None
+        self._forget_stale_calibration(checkpoint)
+        super().on_load_checkpoint(checkpoint)
+        self._trained_on = checkpoint.get("trained_on")
+        if trainer is not None and trainer.state.fn == "fit":
+            self._go_on(checkpoint, saved, present)  # one that is only loaded is trained anew, on other samples
         self.losses = checkpoint.get("losses", [])
         self._forget_callback_state(checkpoint)
         # Some metrics have buffers. A checkpoint must also load into a model with others, as Engine.export builds it.
@@ -526,6 +540,21 @@ class TrainedModule(CalibratedModule):
             **{key: value for key, value in stored.items() if not key.startswith("evaluator.")},
             **{key: value for key, value in present.items() if key.startswith("evaluator.")},
         }
+
+    def _go_on(self, checkpoint: dict[str, Any], saved: Mapping[str, Any], present: dict[str, Any]) -> None:
+        rate = saved.get("learning_rate")
+        if rate and self._finders.are_held_back:  # which found it when the run began
+            self.learning_rate = self.hparams["learning_rate"] = present["learning_rate"] = rate
+        if self.trainer.is_global_zero:
+            tell_what_changed(saved, present)
+        if rate and not command_line(self).get("optimizer"):  # which has a rate of its own
+            set_learning_rate(checkpoint, rate, present["learning_rate"])
+        if differing(self.validated_with, saved, present):
+            logger.warning("With these, losses are others than before: the best epoch is sought anew.")
+            seek_best_anew(checkpoint)
+        keep_patience(checkpoint, self._callbacks)
+        self._sample_seed = checkpoint.get("draw_seed")
+        self._random_state = checkpoint.get("random_state")
 
     def _forget_stale_calibration(self, checkpoint: dict[str, Any]) -> None:
         stored = {**self.completed({}), **checkpoint.get("anomalib_post_processor_config", {})}
@@ -543,7 +572,8 @@ class TrainedModule(CalibratedModule):
         is_that = str(trainer.ckpt_path) == self._resumed_from and self.is_calibrated
         if is_that:
             logger.info("Testing what was just trained, not %s, which it was resumed from.", self._resumed_from)
-            checkpoint["state_dict"], checkpoint["losses"] = self.state_dict(), self.losses
+            checkpoint["state_dict"] = self.state_dict()
+            self.on_save_checkpoint(checkpoint)
         self._resumed_from = None
         return is_that
 

@@ -91,6 +91,7 @@ class InTra(ReconstructionModule):
         "image_size", "patch_size", "window_size", "embed_dim", "depth", "num_heads", "feature_dim", "attention",
         "position", "long_residuals", "readout",
     )  # fmt: skip
+    validated_with = ("alpha", "beta", "window_shift")
 
     def __init__(
         self,

@@ -97,6 +97,7 @@ class OnePassInTra(ReconstructionModule):
     model: OnePassTransformer
     samples_name = "images"
     architecture = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "radii")
+    validated_with = ("alpha", "beta")
 
     def __init__(
         self,
@@ -205,6 +206,11 @@ class OnePassInTra(ReconstructionModule):
     def turns_images(self) -> bool:
         """Whether training images are turned, by a quarter or by any angle; ``augment`` turns square ones."""
         return self.rotate or (self.augment and self.image_size[0] == self.image_size[1])
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether it is trained to a time."""
+        return self.minutes is not None
 
     @property
     def sampling(self) -> Sampling:

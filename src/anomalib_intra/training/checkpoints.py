@@ -242,19 +242,20 @@ def keep_last_and_best(trainer: Trainer, best: bool) -> list[Checkpoint]:
         best (bool): Whether to keep the best epoch, where the Engine keeps the last.
 
     Returns:
-        list[Checkpoint]: The callbacks to add; none where the user brought checkpoints of their own.
+        list[Checkpoint]: The callbacks to add; none where the user brought one that chooses an epoch, or takes the
+            place of the Engine's.
     """
     present: list[Any] = trainer.callbacks  # type: ignore[attr-defined]  # set by Lightning
     checkpoints = [callback for callback in present if isinstance(callback, Checkpoint)]
-    if len(checkpoints) != 1:
+    if not checkpoints or any(isinstance(one, LastCheckpoint) or _monitors(one) for one in checkpoints):
         return []
-    own = checkpoints[0]
-    if not _is_engine_default(own):
-        if best and trainer.state.fn == "fit" and _is_in_the_engines_place(own, trainer):
+    own = next(filter(_is_engine_default, checkpoints), None)
+    if own is None:
+        if best and trainer.state.fn == "fit":
             logger.warning(
                 "%s keeps the last epoch, not the best, and the last epoch will be tested: give the Engine "
                 'callbacks=[ModelCheckpoint(monitor="val_loss")], of anomalib.callbacks.',
-                type(own).__name__,
+                type(checkpoints[0]).__name__,
             )
         return []
     if not best:
@@ -270,11 +271,10 @@ def keeper_of_the_best(trainer: Trainer) -> Any:
         trainer (Trainer): The trainer.
 
     Returns:
-        Any: The first that monitors something, or else the first; None where there is none.
+        Any: The first that monitors something, or else the Engine's own, or else the first; None where there is none.
     """
     keepers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, Checkpoint)]
-    monitoring = [keeper for keeper in keepers if getattr(keeper, "monitor", None) is not None]
-    return next(iter([*monitoring, *keepers]), None)
+    return next(iter([*filter(_monitors, keepers), *filter(_is_engine_default, keepers), *keepers]), None)
 
 
 def weights_were_averaged(trainer: Trainer) -> bool:
@@ -293,11 +293,8 @@ def weights_were_averaged(trainer: Trainer) -> bool:
     )
 
 
-def _is_in_the_engines_place(checkpoint: Any, trainer: Trainer) -> bool:
-    """Tell whether a checkpoint of the last epoch is the Engine's or Trainer's own, changed by an update, say."""
-    folder = getattr(checkpoint, "dirpath", None)
-    place = Path(trainer.default_root_dir) / "weights" / "lightning"
-    return getattr(checkpoint, "monitor", None) is None and (folder is None or Path(folder) == place)
+def _monitors(checkpoint: Checkpoint) -> bool:
+    return getattr(checkpoint, "monitor", None) is not None
 
 
 def _is_engine_default(checkpoint: Checkpoint) -> TypeGuard[ModelCheckpoint]:

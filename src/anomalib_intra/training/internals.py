@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from anomalib.cli.cli import AnomalibCLI
+from anomalib.data import AnomalibDataModule
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.tuner.lr_finder import _LRCallback
@@ -80,6 +81,17 @@ def point_latest_to(run: Path) -> bool:
     except OSError:
         return False
     return True
+
+
+def resize_as_the_model_does(trainer: Trainer) -> None:
+    """Let anomalib's datamodule ask anew how the model resizes; it asks before a checkpoint restores that.
+
+    Args:
+        trainer (Trainer): The trainer.
+    """
+    datamodule = trainer.datamodule  # type: ignore[attr-defined]  # set by Lightning
+    if isinstance(datamodule, AnomalibDataModule):
+        datamodule._update_augmentations()
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lightning's search for a learning rate, and what of its tuners is refused."""
 
+import logging
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 
 from anomalib_intra.training.command_line import command_line
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_batch_size_finder(trainer: Trainer, name: str) -> None:
@@ -49,8 +52,13 @@ class PostponedFinders:
         self._finders = [callback for callback in callbacks if isinstance(callback, LearningRateFinder)]
         callbacks[:] = [callback for callback in callbacks if callback not in self._finders]
 
+    @property
+    def are_held_back(self) -> bool:
+        """Whether there are some, which have not run yet."""
+        return bool(self._finders)
+
     def run(self, trainer: Trainer, module: LightningModule) -> None:
-        """Put them back and do what they would have done.
+        """Put them back and do what they would have done, unless a run goes on, which has its learning rate.
 
         Args:
             trainer (Trainer): The trainer.
@@ -58,6 +66,9 @@ class PostponedFinders:
         """
         finders, self._finders = self._finders, []
         trainer.callbacks[:0] = finders  # type: ignore[attr-defined]
+        if finders and trainer.ckpt_path:
+            logger.info("No learning rate is looked for: the training goes on with that of its checkpoint.")
+            return
         for finder in finders:
             finder.on_fit_start(trainer, module)
         if finders and not command_line(module).get("optimizer"):  # whose rate is not the model's
