@@ -24,7 +24,7 @@ from anomalib_intra import InTra, MVTec, TextureDemo, cli
 from anomalib_intra.components.batch import InTraBatch
 from anomalib_intra.data.image_files import check_image_files, masks_of_files
 
-from ..conftest import tiny_engine, tiny_intra
+from ..conftest import Run, tiny_engine, tiny_intra
 from ..readme import blocks_of
 
 
@@ -336,6 +336,18 @@ def test_shapes_that_are_squeezed_are_named(
     of_shapes = [message for message in caplog.messages if "squeezed" in message]
     assert len(of_shapes) == bool(said)
     assert not said or re.match(said, of_shapes[0])
+
+
+@pytest.mark.parametrize(("size", "is_said"), [((96, 64), True), ((128, 128), False), ((64, 68), False)])
+def test_images_of_another_shape_than_those_of_the_training_are_named(
+    trained_intra: Run, tmp_path: Path, size: tuple[int, int], is_said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(3):
+        picture(*size, seed=number).save(tmp_path / f"{number}.png")
+    model = InTra.load_from_checkpoint(trained_intra.checkpoint, visualizer=False)
+    tiny_engine(tmp_path / "r").predict(model, data_path=tmp_path)
+    words = "another shape (such as %d x %d pixels, height x width) than those of the training (128 x 128)"
+    assert (words % size in caplog.text) == is_said == ("another shape" in caplog.text)
 
 
 def test_shapes_that_the_datamodule_crops_are_not_spoken_of(

@@ -4,6 +4,7 @@
 import copy
 import logging
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,7 +28,12 @@ from anomalib_intra.components.reconstruction_post_processor import InTraPostPro
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.folders import refuse_contradictory, warn_of_folders
-from anomalib_intra.data.image_files import check_image_files, warn_of_test_images
+from anomalib_intra.data.image_files import (
+    check_image_files,
+    usual_size,
+    warn_of_other_shape,
+    warn_of_test_images,
+)
 from anomalib_intra.data.image_range import check_range
 from anomalib_intra.data.normal_images import NormalImages
 from anomalib_intra.data.pipeline import datasets_of, described, parts_of, refuse_random, transform_of
@@ -91,6 +97,8 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         #: What the datamodule did to the images of the calibration, but for the pre-processor's own resize, in words;
         #: None where that is not known.
         self.calibrated_through: str | None = None
+        #: Height and width of the image files it was calibrated on; None where that is not known.
+        self.calibrated_size: tuple[int, int] | None = None
 
     # ---- what a model decides ----------------------------------------------------------------------------------------
 
@@ -240,6 +248,8 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
                     self.calibrated_through or "no augmentations",
                     through or "none",
                 )
+            elif self._only_resizes([dataset]):
+                warn_of_other_shape(usual_size(dataset), self.calibrated_size)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn image batches into those of the model, which keep what anomalib's would round or drop."""
@@ -305,11 +315,12 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             self.learn_normal(images.statistics)
         self.set_thresholds(images.thresholds)
         self.calibrated_through = self._described(images.statistics.dataset)
+        self.calibrated_size = usual_size(images.statistics.dataset)
 
     def forget_calibration(self) -> None:
         """Forget what belongs to weights that are about to change."""
         self.post_processor.reset()
-        self.calibrated_through = None
+        self.calibrated_through = self.calibrated_size = None
 
     def _described(self, dataset: Any) -> str:
         own = parts_of(getattr(self.pre_processor, "transform", None))
@@ -369,9 +380,12 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         return Prepared(images[normal], [path for path, is_one in zip(paths, normal.tolist(), strict=True) if is_one])
 
     def _check_files(self, loaders: Any, turned: bool = False) -> None:
-        own = parts_of(getattr(self.pre_processor, "transform", None))
-        only_resized = [type(part) for part in own] == [Resize] and not any(map(self._described, datasets_of(loaders)))
+        only_resized = self._only_resizes(datasets_of(loaders))
         check_image_files(loaders, self.image_size if only_resized else None, turned)
+
+    def _only_resizes(self, datasets: Iterable[Any]) -> bool:
+        own = parts_of(getattr(self.pre_processor, "transform", None))
+        return [type(part) for part in own] == [Resize] and not any(map(self._described, datasets))
 
     def _check_images(self, images: torch.Tensor) -> None:
         self._check_shape(images)
@@ -427,9 +441,9 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store beside the calibration what its images went through."""
+        """Store beside the calibration what its images were, and went through."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["calibrated_through"] = self.calibrated_through
+        checkpoint["calibrated_through"], checkpoint["calibrated_size"] = self.calibrated_through, self.calibrated_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore it, and the pre-processor; checkpoints of before do not have it.
@@ -440,6 +454,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
         here = self._pre_processor_in_words
         super().on_load_checkpoint(checkpoint)
         self.calibrated_through = checkpoint.get("calibrated_through")
+        self.calibrated_size = checkpoint.get("calibrated_size")
         restored = self._pre_processor_in_words
         if here != restored and self._asks_for_pre_processor:
             msg = (

@@ -344,6 +344,7 @@ class TrainedModule(CalibratedModule):
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
             checkpoint["calibrated_through"] = self.calibrated_through
+            checkpoint["calibrated_size"] = self.calibrated_size
             self._store_scoring(checkpoint)
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)

@@ -3,6 +3,7 @@
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,9 @@ _MOST_SHADES = 8
 
 #: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
 _SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
+
+#: Files of which the usual size is found out.
+_LOOKED_AT = 20
 
 #: Share of an image that a mask may mark before a warning.
 _MOST_ANOMALOUS = 0.6
@@ -136,6 +140,45 @@ def fingerprint(dataset: Any) -> str:
     """
     paths = [Path(path) for path, _ in _files_of(dataset)]
     return hashlib.sha256(repr(sorted((path.name, path.stat().st_size) for path in paths)).encode()).hexdigest()
+
+
+def usual_size(dataset: Any) -> tuple[int, int] | None:
+    """Find out how large the image files of a data set are, by some of them.
+
+    Args:
+        dataset (Any): As for :func:`fingerprint`.
+
+    Returns:
+        tuple[int, int] | None: Height and width of the one whose shape is in the middle; None without files.
+    """
+    paths = [path for path, _ in _files_of(dataset)]
+    sizes = []
+    for path in paths[:: math.ceil(len(paths) / _LOOKED_AT) or 1]:
+        with Image.open(path) as image:
+            sizes.append((image.height, image.width))
+    return sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2] if sizes else None
+
+
+def warn_of_other_shape(size: tuple[int, int] | None, trained: tuple[int, int] | None) -> None:
+    """Tell of images that a resize squeezes otherwise than those of the training.
+
+    Args:
+        size (tuple[int, int] | None): Height and width of the images, None if not known.
+        trained (tuple[int, int] | None): Those of the training.
+
+    Example:
+        >>> warn_of_other_shape((480, 640), trained=(960, 1280))
+    """
+    if size is None or trained is None:
+        return
+    differ = size[0] / size[1] * trained[1] / trained[0]
+    if max(differ, 1 / differ) > _SHAPES_DIFFER:
+        logger.warning(
+            "These images have another shape (such as %d x %d pixels, height x width) than those of the training (%d x "
+            "%d), and are squeezed otherwise, so that equal parts look different: crop or pad them to that shape.",
+            *size,
+            *trained,
+        )
 
 
 def mask_files(mask_path: Any) -> list[str]:
