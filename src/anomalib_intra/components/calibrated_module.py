@@ -28,13 +28,9 @@ from anomalib_intra.components.reconstruction_post_processor import InTraPostPro
 from anomalib_intra.components.thresholds import UnsaturatedPostProcessor
 from anomalib_intra.components.visualizer import NamedImageVisualizer
 from anomalib_intra.data.folders import refuse_contradictory, warn_of_folders
-from anomalib_intra.data.image_files import (
-    check_image_files,
-    usual_size,
-    warn_of_other_shape,
-    warn_of_test_images,
-)
+from anomalib_intra.data.image_files import check_image_files, paths_of, warn_of_test_images
 from anomalib_intra.data.image_range import check_range
+from anomalib_intra.data.image_shapes import usual_size, warn_of_other_shape
 from anomalib_intra.data.normal_images import NormalImages
 from anomalib_intra.data.pipeline import datasets_of, described, parts_of, refuse_random, transform_of
 from anomalib_intra.data.samples import Prepared
@@ -249,7 +245,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
                     through or "none",
                 )
             elif self._only_resizes([dataset]):
-                warn_of_other_shape(usual_size(dataset), self.calibrated_size)
+                warn_of_other_shape(usual_size(paths_of(dataset)), self.calibrated_size)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Turn image batches into those of the model, which keep what anomalib's would round or drop."""
@@ -315,7 +311,7 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             self.learn_normal(images.statistics)
         self.set_thresholds(images.thresholds)
         self.calibrated_through = self._described(images.statistics.dataset)
-        self.calibrated_size = usual_size(images.statistics.dataset)
+        self.calibrated_size = usual_size(paths_of(images.statistics.dataset))
 
     def forget_calibration(self) -> None:
         """Forget what belongs to weights that are about to change."""

@@ -3,7 +3,6 @@
 
 import hashlib
 import logging
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,8 @@ from anomalib.data import AnomalibDataset, PredictDataset
 from anomalib.data.utils import LabelName, read_mask
 from PIL import ExifTags, Image, TiffImagePlugin
 from torch.utils.data import Subset
+
+from anomalib_intra.data.image_shapes import FileSize, warn_of_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -41,17 +42,8 @@ _DARK = 64
 #: A mask with more shades is no longer black and white, or a number for each kind of defect.
 _MOST_SHADES = 8
 
-#: By how much the shapes of images may differ from each other, and from that of the model, before a warning.
-_SHAPES_DIFFER, _SHAPE_OF_MODEL_DIFFERS = 1.1, 1.5
-
-#: Files of which the usual size is found out.
-_LOOKED_AT = 20
-
 #: Share of an image that a mask may mark before a warning.
 _MOST_ANOMALOUS = 0.6
-
-#: Sizes that are proposed are multiples of this, which all models take.
-_STEP = 16
 
 _TAG_OF_CHANNELS = 277
 
@@ -111,7 +103,7 @@ def check_image_files(loaders: Any, resized_to: tuple[int, int] | None = None, t
     _warn_of_files_passed_over(looks)
     _warn_of_odd_masks([mask_path for _, mask_paths in files for mask_path in mask_paths])
     if resized_to is not None:
-        _warn_of_shapes(looks, *resized_to, turned)
+        warn_of_shapes([FileSize(look.path, *look.size[::-1]) for look in looks], *resized_to, turned)
 
 
 def warn_of_test_images(dataset: Any) -> None:
@@ -129,56 +121,29 @@ def warn_of_test_images(dataset: Any) -> None:
         )
 
 
-def fingerprint(dataset: Any) -> str:
-    """Tell image files from others by their names and sizes, wherever they lie.
+def paths_of(dataset: Any) -> list[str]:
+    """List the image files of a data set.
 
     Args:
         dataset (Any): An anomalib dataset, a PredictDataset or a Subset of one; of all others, no files are known.
 
     Returns:
-        str: Hexadecimal digits.
+        list[str]: Their paths.
     """
-    paths = [Path(path) for path, _ in _files_of(dataset)]
-    return hashlib.sha256(repr(sorted((path.name, path.stat().st_size) for path in paths)).encode()).hexdigest()
+    return [path for path, _ in _files_of(dataset)]
 
 
-def usual_size(dataset: Any) -> tuple[int, int] | None:
-    """Find out how large the image files of a data set are, by some of them.
+def fingerprint(dataset: Any) -> str:
+    """Tell image files from others by their names and sizes, wherever they lie.
 
     Args:
-        dataset (Any): As for :func:`fingerprint`.
+        dataset (Any): As for :func:`paths_of`.
 
     Returns:
-        tuple[int, int] | None: Height and width of the one whose shape is in the middle; None without files.
+        str: Hexadecimal digits.
     """
-    paths = [path for path, _ in _files_of(dataset)]
-    sizes = []
-    for path in paths[:: math.ceil(len(paths) / _LOOKED_AT) or 1]:
-        with Image.open(path) as image:
-            sizes.append((image.height, image.width))
-    return sorted(sizes, key=lambda size: size[0] / size[1])[len(sizes) // 2] if sizes else None
-
-
-def warn_of_other_shape(size: tuple[int, int] | None, trained: tuple[int, int] | None) -> None:
-    """Tell of images that a resize squeezes otherwise than those of the training.
-
-    Args:
-        size (tuple[int, int] | None): Height and width of the images, None if not known.
-        trained (tuple[int, int] | None): Those of the training.
-
-    Example:
-        >>> warn_of_other_shape((480, 640), trained=(960, 1280))
-    """
-    if size is None or trained is None:
-        return
-    differ = size[0] / size[1] * trained[1] / trained[0]
-    if max(differ, 1 / differ) > _SHAPES_DIFFER:
-        logger.warning(
-            "These images have another shape (such as %d x %d pixels, height x width) than those of the training (%d x "
-            "%d), and are squeezed otherwise, so that equal parts look different: crop or pad them to that shape.",
-            *size,
-            *trained,
-        )
+    paths = [Path(path) for path in paths_of(dataset)]
+    return hashlib.sha256(repr(sorted((path.name, path.stat().st_size) for path in paths)).encode()).hexdigest()
 
 
 def mask_files(mask_path: Any) -> list[str]:
@@ -266,11 +231,6 @@ class _Look(NamedTuple):
     mode: str
     is_deep: bool
     oddities: set[str]
-
-    @property
-    def shape(self) -> float:
-        """Width by height."""
-        return self.size[0] / self.size[1]
 
 
 def _files_of(dataset: Any) -> Iterator[tuple[str, list[str]]]:
@@ -418,43 +378,6 @@ def _warn_of_odd_masks(mask_paths: list[str]) -> None:
             sum(shades[1:]),
             mask_paths[0],
             sum(shades[128:]),
-        )
-
-
-def _warn_of_shapes(looks: list[_Look], height: int, width: int, turned: bool) -> None:
-    if not looks:
-        return
-    by_shape = sorted(looks, key=lambda look: look.shape)
-    tallest, widest = by_shape[0], by_shape[-1]
-    if widest.shape > _SHAPES_DIFFER * tallest.shape:
-        logger.warning(
-            "Images differ in shape, such as %s (%d x %d pixels, height x width) and %s (%d x %d): each is squeezed to "
-            "%d x %d, so that equal parts look different. Crop or pad all to one shape.",
-            *(value for look in (tallest, widest) for value in (look.path, *look.size[::-1])),
-            height,
-            width,
-        )
-        return
-    differ = tallest.shape * height / width
-    if turned and max(differ, 1 / differ) > _SHAPES_DIFFER:
-        shorter = min(height, width) / min(tallest.size)
-        logger.warning(
-            "Images of %d x %d pixels (height x width) are squeezed to %d x %d and turned, which distorts parts as no "
-            "camera does. Train with a size of about their shape, such as --model.image_size '[%d, %d]', or without "
-            "turning them (rotate and augment, as far as the model has them, false).",
-            *tallest.size[::-1],
-            height,
-            width,
-            *(_STEP * max(1, round(side * shorter / _STEP)) for side in tallest.size[::-1]),
-        )
-    elif max(differ, 1 / differ) > _SHAPE_OF_MODEL_DIFFERS:
-        logger.warning(
-            "Images of %d x %d pixels (height x width) are squeezed to %d x %d, in which small defects may be lost. "
-            "Train with a size of about their shape, in multiples of the patch size, such as --model.image_size "
-            "'[128, 1024]' for wide ones.",
-            *tallest.size[::-1],
-            height,
-            width,
         )
 
 
