@@ -314,7 +314,7 @@ def test_decisions_follow_threshold_and_sensitivity(normalize: bool) -> None:
 
 def test_uncalibrated_post_processor_says_what_to_do() -> None:
     images = torch.rand(1, 3, 32, 32)
-    with pytest.raises(RuntimeError, match=r"is not calibrated, .*Go on with its training"):
+    with pytest.raises(RuntimeError, match=r"is not calibrated, .*go on with its training"):
         InTraPostProcessor()(compared(images, images))
 
 

@@ -282,7 +282,7 @@ def test_sizes_that_do_not_do_are_refused(sizes: tuple, message: str) -> None:
 
 
 def test_what_cannot_be_scored_is_refused() -> None:
-    with pytest.raises(RuntimeError, match=r"no Gaussian.* Go on with its training"):
+    with pytest.raises(RuntimeError, match=r"no Gaussian.* go on with its training"):
         CutPasteModel((64, 64)).eval()(torch.rand(1, 3, 64, 64))
     model = fitted()
     with pytest.raises(ValueError, match=r"\(B, 3, 64, 64\): resize the images"):

@@ -476,7 +476,13 @@ def test_masks_in_shades_of_grey_are_named(
 
 def test_masks_with_transparency_are_refused(model: InTra, tmp_path: Path) -> None:
     datamodule = parts(tmp_path, (64, 96))
-    Image.new("RGBA", (96, 64), (255, 255, 255, 0)).save(tmp_path / "masks/1.png")
+    for mask in (tmp_path / "masks").iterdir():
+        with Image.open(mask) as image:
+            opaque = image.convert("RGBA")
+        opaque.save(mask)
+    tiny_engine(tmp_path / "r").test(model, datamodule=datamodule)
+    opaque.putpixel((3, 3), (255, 255, 255, 0))
+    opaque.save(tmp_path / "masks/1.png")
     with pytest.raises(ValueError, match=r"1\.png is a mask with transparency, which is not read"):
         tiny_engine(tmp_path / "r").test(model, datamodule=datamodule)
 

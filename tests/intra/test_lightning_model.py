@@ -190,7 +190,7 @@ def test_checkpoint_of_a_run_that_was_cut_off(
     cut_off = Path(engine.best_model_path).with_name("last.ckpt")
 
     model = InTra.load_from_checkpoint(cut_off)
-    with pytest.raises(RuntimeError, match=r"is not calibrated, .* Go on with its training"):
+    with pytest.raises(RuntimeError, match=r"is not calibrated, .* go on with its training"):
         model(torch.rand(1, 3, 64, 64))
     with pytest.raises(RuntimeError, match="is not calibrated"):
         tiny_engine(tmp_path / "p").predict(model, data_path=demo.root / "weave/test/hole/000.png")

@@ -288,7 +288,7 @@ def test_without_banks_images_are_refused(empty):
     for name in empty:
         setattr(model, name, torch.empty(0, 64))
     assert not model.has_memory_bank
-    with pytest.raises(RuntimeError, match=r"has no memory bank.*Go on with its training"):
+    with pytest.raises(RuntimeError, match=r"has no memory bank.*go on with its training"):
         model(torch.rand(1, 3, 64, 64))
 
 

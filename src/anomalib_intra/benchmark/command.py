@@ -50,9 +50,10 @@ def benchmark(
     try:
         run_missing(generator, settings["benchmark"], runner, cpus_per_run)
     finally:  # also when it was interrupted
-        rows = DataFrame([run.row for run in runs if run.row is not None])
+        known = [run for run in runs if run.row is not None and run.is_of_these_images]
+        rows = DataFrame([run.row for run in known])
         if len(rows):
-            write_page(rows, settings, output, missing=[str(run) for run in runs if run.row is None])
+            write_page(rows, settings, output, missing=[str(run) for run in runs if run not in known])
     return rows
 
 

@@ -57,14 +57,24 @@ class BenchmarkRun(Job):
 
     @property
     def row(self) -> dict[str, Any] | None:
-        """The row of this run with these settings and images, or None if it was not run yet."""
+        """The row of this run with these settings, or None if it was not run yet."""
+        stored = self._stored
+        return stored["row"] if stored else None
+
+    @property
+    def _stored(self) -> dict[str, Any] | None:
         try:
             stored = json.loads((self.folder / "row.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return None
+        return stored if stored["config"] == self.config else None
+
+    @property
+    def is_of_these_images(self) -> bool:
+        """Whether the row is of the images that are there now, as far as is known."""
+        then, now = (self._stored or {}).get("images"), self._images
         # Rows of before do not tell, nor do images that lie on another machine.
-        images = (stored.get("images"), self._images)
-        return stored["row"] if stored["config"] == self.config and (None in images or len({*images}) == 1) else None
+        return then is None or now is None or then == now
 
     @property
     def _images(self) -> str | None:
@@ -72,8 +82,8 @@ class BenchmarkRun(Job):
 
     @property
     def is_done(self) -> bool:
-        """Whether the run ended well."""
-        return self.row is not None and not self.row["error"]
+        """Whether the run ended well, with the images that are there now."""
+        return self.row is not None and not self.row["error"] and self.is_of_these_images
 
     def run(self, task_id: int | None = None) -> dict[str, Any]:
         """Run, unless it was done before.
@@ -276,8 +286,7 @@ def _category(entry: dict[str, Any]) -> str:
     """Name the data; names alone stand for MVTec AD, for which there are published figures."""
     kind, _ = parse(AnomalibDataModule, entry)
     asks = signature(kind).parameters.get("category")
-    given = entry.get("init_args", {})
-    category = given.get("category", asks.default if asks else given.get("name", ""))  # a Folder has a name
+    category = entry.get("init_args", {}).get("category", asks.default if asks else "")
     return str(category) if issubclass(kind, MVTecAD) else f"{kind.__name__} {category}".strip()
 
 

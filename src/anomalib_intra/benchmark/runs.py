@@ -154,8 +154,8 @@ def build_datamodule(entry: dict[str, Any], seed: int) -> AnomalibDataModule:
     """
     arguments = dict(entry.get("init_args", {}))
     asks = signature(parse(AnomalibDataModule, entry)[0]).parameters.get("seed")
-    if asks is not None and asks.default is None:
-        arguments.setdefault("seed", seed)
+    if asks is not None and arguments.get("seed", asks.default) is None:
+        arguments["seed"] = seed
     datamodule = parse(AnomalibDataModule, {**entry, "init_args": arguments})[1]()
     if getattr(datamodule, "val_split_mode", None) in (*SPLITS_FROM_TEST, ValSplitMode.NONE):
         msg = (
@@ -218,10 +218,12 @@ def images_of(data: str, seed: int) -> str | None:
         seed (int): Seed of random splits.
 
     Returns:
-        str | None: Hexadecimal digits; None where they are not on this machine.
+        str | None: Hexadecimal digits; None where they are not on this machine, or are generated anew each time.
     """
     try:
         datamodule = build_datamodule(json.loads(data), seed)
+        if ValSplitMode.SYNTHETIC in (getattr(datamodule, f"{split}_split_mode", None) for split in ("val", "test")):
+            return None
         datamodule.setup()
         splits = _splits(datamodule)
         bad = int(splits[-1].samples["label_index"].sum())

@@ -13,8 +13,8 @@ logger = logging.getLogger(__name__)
 
 #: The way out where a checkpoint cannot score images.
 HOW_TO_CALIBRATE = (
-    "Leave out settings that are not those of its training. If that was cut off, go on with it (--ckpt_path) to the "
-    "end, which calibrates it and stores that in model.ckpt; if it did end, take that file. Or, in Python, give the "
+    "Leave out settings that are not those of its training. If it was cut off, go on with its training (--ckpt_path) to "
+    "the end, which calibrates it and stores that in model.ckpt; if it did end, take that file. Or, in Python, give the "
     "model and the datamodule it was trained on to Engine.test, and go on with that same model: a test stores nothing."
 )
 

@@ -63,18 +63,20 @@ def seek_best_anew(checkpoint: dict[str, Any]) -> None:
     """Let what compares validation losses forget those of before, where they were of another kind.
 
     Args:
-        checkpoint (dict[str, Any]): The checkpoint, whose callbacks are changed in place.
+        checkpoint (dict[str, Any]): The checkpoint, whose callbacks and losses are changed in place.
 
     Example:
         >>> of_best = "ModelCheckpoint{'monitor': 'val_loss', 'mode': 'min'}"
-        >>> checkpoint = {"callbacks": {of_best: {"best_model_score": 0.1}, "Timer": {}}}
+        >>> checkpoint = {"callbacks": {of_best: {}, "Timer": {}}, "losses": [{"epoch": 0, "val_loss": 0.1}]}
         >>> seek_best_anew(checkpoint)
-        >>> checkpoint["callbacks"]
-        {'Timer': {}}
+        >>> checkpoint
+        {'callbacks': {'Timer': {}}, 'losses': [{'epoch': 0}]}
     """
     states = checkpoint.get("callbacks", {})
     for name in [name for name in states if "'monitor': 'val_loss'" in name]:
         del states[name]
+    losses = checkpoint.get("losses", [])
+    checkpoint["losses"] = [{name: value for name, value in row.items() if name != "val_loss"} for row in losses]
 
 
 def keep_patience(checkpoint: dict[str, Any], callbacks: Iterable[Callback]) -> None:

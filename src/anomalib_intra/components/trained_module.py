@@ -544,14 +544,16 @@ class TrainedModule(CalibratedModule):
 
     def _go_on(self, checkpoint: dict[str, Any], saved: Mapping[str, Any], present: dict[str, Any]) -> None:
         rate = saved.get("learning_rate")
-        if rate and self._finders.are_held_back:  # which found it when the run began
+        by_default = self.completed({}).get("learning_rate") == present.get("learning_rate")
+        if rate and by_default and self._finders.are_held_back:  # which found it when the run began
             self.learning_rate = self.hparams["learning_rate"] = present["learning_rate"] = rate
         if self.trainer.is_global_zero:
             tell_what_changed(saved, present)
         if rate and not command_line(self).get("optimizer"):  # which has a rate of its own
             set_learning_rate(checkpoint, rate, present["learning_rate"])
         if differing(self.validated_with, saved, present):
-            logger.warning("With these, losses are others than before: the best epoch is sought anew.")
+            if self.trainer.is_global_zero:
+                logger.warning("With these, losses are others than before: the best epoch is sought anew.")
             seek_best_anew(checkpoint)
         keep_patience(checkpoint, self._callbacks)
         self._sample_seed = checkpoint.get("draw_seed")

@@ -311,6 +311,11 @@ def _check_whole(path: str, image: Image.Image) -> None:
         image.load()
 
 
+def _is_opaque(path: str) -> bool:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGBA"))[..., 3].min() == 255
+
+
 def _ends_with(path: str, end: bytes) -> bool:
     with Path(path).open("rb") as file:
         file.seek(-len(end), os.SEEK_END)
@@ -389,7 +394,7 @@ def _check_masks(image: _Look, mask_paths: list[str]) -> None:
                 f"{image.size[1]} x {image.size[0]}, {image.path}: give both the same size"
             )
             raise _UnusableFileError(msg)
-        if "alpha" in mask.oddities:
+        if "alpha" in mask.oddities and not _is_opaque(mask.path):
             msg = f"{mask.path} is a mask with transparency, which is not read: save it in black and white, without it"
             raise _UnusableFileError(msg)
         if 1 in mask.size:

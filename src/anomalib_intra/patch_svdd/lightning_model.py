@@ -61,6 +61,7 @@ class PatchSVDD(TrainedModule):
 
     model: PatchSVDDModel
     samples_name = "pairs"
+    validated_with = ("svdd_weight",)
 
     def __init__(
         self,

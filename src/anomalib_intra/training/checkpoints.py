@@ -13,6 +13,7 @@ from anomalib.callbacks import ModelCheckpoint
 from anomalib.engine.plugins import AnomalibCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint as LightningCheckpoint
 
 from anomalib_intra.training.agreement import Agreement
 from anomalib_intra.training.atomic_file import write_atomically
@@ -251,11 +252,12 @@ def keep_last_and_best(trainer: Trainer, best: bool) -> list[Checkpoint]:
         return []
     own = next(filter(_is_engine_default, checkpoints), None)
     if own is None:
-        if best and trainer.state.fn == "fit":
+        keepers = [one for one in checkpoints if isinstance(one, LightningCheckpoint)]
+        if keepers and best and trainer.state.fn == "fit":
             logger.warning(
                 "%s keeps the last epoch, not the best, and the last epoch will be tested: give the Engine "
                 'callbacks=[ModelCheckpoint(monitor="val_loss")], of anomalib.callbacks.',
-                type(checkpoints[0]).__name__,
+                type(keepers[0]).__name__,
             )
         return []
     if not best:
