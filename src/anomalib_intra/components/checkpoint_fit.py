@@ -13,9 +13,10 @@ logger = logging.getLogger(__name__)
 
 #: The way out where a checkpoint cannot score images.
 HOW_TO_CALIBRATE = (
-    "Leave out settings that are not those of its training. If it was cut off, go on with its training (--ckpt_path) to "
-    "the end, which calibrates it and stores that in model.ckpt; if it did end, take that file. Or, in Python, give the "
-    "model and the datamodule it was trained on to Engine.test, and go on with that same model: a test stores nothing."
+    "Leave out settings that are not those of its training. If it was cut off, go on with its training (--ckpt_path) "
+    "to the end, which calibrates it and stores that in model.ckpt; if it did end, take that file. Or, in Python, give "
+    "the model and the datamodule it was trained on to Engine.test, and go on with that same model: a test stores "
+    "nothing."
 )
 
 #: The way out where it could, but calls nothing anomalous.
