@@ -74,18 +74,18 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
             self.pre_processor = UnnormalizedPreProcessor(self.pre_processor.transform)
         elif self.pre_processor is not None:
             refuse_unfit(self.pre_processor)
-        needs_maps = isinstance(self.post_processor, InTraPostProcessor)  # of differences, which not all models have
-        kind = self.post_processor_kind
-        if not isinstance(self.post_processor, kind) or (needs_maps and not issubclass(kind, InTraPostProcessor)):
+        given, kind = self.post_processor, self.post_processor_kind
+        # That of reconstructions is one of the general kind, too.
+        is_for_maps, wants_maps = isinstance(given, InTraPostProcessor), issubclass(kind, InTraPostProcessor)
+        if not isinstance(given, kind) or is_for_maps != wants_maps:
             msg = (
-                f"{self.name} needs post_processor=True or this package's {self.post_processor_kind.__name__} (with "
+                f"{self.name} needs post_processor=True or this package's {kind.__name__} (with "
                 "enable_normalization=False for raw scores): that of anomalib clamps scores, which moves AUROC, and "
                 "InTraPostProcessor is for reconstructions. On a "
-                f"command line: --model.post_processor anomalib_intra.{self.post_processor_kind.__name__}, before its "
-                "arguments."
+                f"command line: --model.post_processor anomalib_intra.{kind.__name__}, before its arguments."
             )
             raise TypeError(msg)
-        self.post_processor = copy.deepcopy(self.post_processor)
+        self.post_processor = copy.deepcopy(given)
         self._asks_for_pre_processor = pre_processor is not True
         if isinstance(self.evaluator, Evaluator):
             self.evaluator = selective(self.evaluator)
@@ -437,8 +437,16 @@ class CalibratedModule(CompleteExport, AnomalibModule):  # type: ignore[misc]  #
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store beside the calibration what its images were, and went through."""
+        """Store beside the calibration what it is for."""
         super().on_save_checkpoint(checkpoint)
+        self.store_calibration(checkpoint)
+
+    def store_calibration(self, checkpoint: dict[str, Any]) -> None:
+        """Store what images were calibrated on, and what they went through; the numbers are in the weights.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint, which is changed in place.
+        """
         checkpoint["calibrated_through"], checkpoint["calibrated_size"] = self.calibrated_through, self.calibrated_size
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -343,9 +343,7 @@ class TrainedModule(CalibratedModule):
         if checkpoint:
             checkpoint["state_dict"] = {key: value.cpu() for key, value in self.state_dict().items()}
             checkpoint["losses"] = self.losses  # of the epochs after the best one too
-            checkpoint["calibrated_through"] = self.calibrated_through
-            checkpoint["calibrated_size"] = self.calibrated_size
-            self._store_scoring(checkpoint)
+            self.store_calibration(checkpoint)
             if self.trainer.is_global_zero:
                 self.trainer.strategy.checkpoint_io.save_checkpoint(checkpoint, best)
             self.trainer.strategy.barrier()
@@ -500,17 +498,21 @@ class TrainedModule(CalibratedModule):
         return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store seed and state of random numbers, which images, losses, and what the calibration depends on."""
+        """Store seed and state of random numbers, which images, and losses."""
         super().on_save_checkpoint(checkpoint)
-        self._store_scoring(checkpoint)
         checkpoint["losses"] = self.losses
         checkpoint["draw_seed"] = self._sample_seed
         checkpoint["trained_on"] = self._trained_on
         checkpoint["random_state"] = random_state()
         self._forget_callback_state(checkpoint)
 
-    def _store_scoring(self, checkpoint: dict[str, Any]) -> None:
-        # Of a run that went on with other settings, the best epoch may be one of before.
+    def store_calibration(self, checkpoint: dict[str, Any]) -> None:
+        """Store, too, how images are scored: the best epoch may be one of before a run went on with other settings.
+
+        Args:
+            checkpoint (dict[str, Any]): The checkpoint, which is changed in place.
+        """
+        super().store_calibration(checkpoint)
         checkpoint["hyper_parameters"].update(self.scored_with)
         checkpoint["anomalib_post_processor_config"] = self.post_processor.checkpoint_config()
         checkpoint["calibrated_with"] = {**self.scored_with, **self.post_processor.calibrated_with}
